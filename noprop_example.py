@@ -1,0 +1,1081 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.7,<3",
+#   "torchvision>=0.22,<1",
+#   "matplotlib>=3.9,<4",
+#   "numpy>=1.26,<3",
+#   "optuna>=4.2,<6",
+#   "pillow>=10.4,<14",
+#   "tqdm>=4.66,<5",
+#   "tyro>=0.9.20,<2",
+# ]
+# ///
+"""NoProp on MNIST: a network of denoising blocks, each trained alone (Li, Teh and Pascanu, arXiv 2503.24322).
+
+Training, for every mini-batch (x, y) and every block t = 1 ... T, on its own:
+    ε ~ N(0, I)
+    z_{t-1} = √ᾱ_{t-1} u_y + √(1-ᾱ_{t-1}) ε             a noisy label
+    ε̂_t = block_t(x, z_{t-1})                            the noise that the block sees in it
+    û_t = (z_{t-1} - √(1-ᾱ_{t-1}) ε̂_t) / √ᾱ_{t-1}        the label that this leaves
+    step on  η₁ MSE(ε̂_t, ε) + η₂ MSE(û_t, u_y)           block T adds CE(classifier(û_T), y)
+Inference: z_0 = 0 (or noise), then for t = 1 ... T
+    z_t = a û_t + b z_{t-1} + τ √c ξ                     one DDPM reverse step a block
+and the answer is argmax classifier(û_T).
+
+Time runs from noise to label: ᾱ_0 = 0.001 is noise, ᾱ_T = 0.999 is the label.
+
+    symbol   name              shape        meaning
+    T        num_blocks                     blocks, each at one noise level
+    ᾱ        alpha_bar         (T+1,)       fraction of signal, increasing
+    u_y      u                 (B, D)       embedding of the label: a learned row of label_embedding
+    z_t      z                 (B, D)       the noisy label
+    ε̂, û    eps_hat, u_hat    (B, D)       a block's estimates of noise and label
+    η₁, η₂   eta, lam                       weights of the hybrid loss
+
+    python noprop_example.py                                     train, evaluate, draw
+    python noprop_example.py --evaluate noprop_hybrid.pt         test accuracy of a trained network
+    python noprop_example.py --predict noprop_hybrid.pt a.png    classify pictures
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from tqdm import tqdm
+
+RUN_HPO = False  # True: search hyperparameters with Optuna; False: train. The flag --run-hpo does the same.
+
+
+# --- Randomness --------------------------------------------------------------------------------------------
+
+
+def generator(*address: int | str) -> torch.Generator:
+    """A generator seeded from an address such as (seed, "noise", block, step).
+
+    Every draw has an address, so none depends on what was drawn before: a block trained alone sees the same noise
+    as one trained beside others, and evaluation never disturbs training. It draws on the CPU, alike for any device.
+    """
+    digest = hashlib.blake2b(repr(address).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@contextmanager
+def seeded(*address: int | str) -> Iterator[None]:
+    """Seed torch's global generator from an address, for code that takes no generator; restores it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator(*address).get_state())
+        yield
+
+
+# --- Noise schedule ----------------------------------------------------------------------------------------
+
+
+def cosine_schedule(num_blocks: int, s: float = 0.008) -> Tensor:
+    """ᾱ_0 ... ᾱ_T, shape (T+1,), float64, from noise (0.001) to label (0.999).
+
+    Nichol and Dhariwal's cosine (arXiv 2102.09672, eq. 17), not divided by its start value, run in NoProp's
+    direction and clamped. Strictly increasing up to T of about 50; beyond, the clamp makes equal levels, at which
+    a = 0, b = 1, c = 0: a block without effect.
+    """
+    t = torch.arange(num_blocks + 1, dtype=torch.float64)
+    return torch.cos(((1 - t / num_blocks) + s) / (1 + s) * math.pi / 2).square().clamp(1e-3, 0.999)
+
+
+def reverse_coefficients(alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b, c of z_t = a û_t + b z_{t-1} + τ √c ξ, each of shape (T,); entry t-1 belongs to block t.
+
+    DDPM posterior (arXiv 2006.11239, eq. 7), which is equation 3 of NoProp.
+    Identities: a + b √ᾱ_{t-1} = √ᾱ_t and b² (1-ᾱ_{t-1}) + c = 1-ᾱ_t.
+    """
+    before, after = alpha_bar[:-1], alpha_bar[1:]
+    alpha = before / after
+    a = after.sqrt() * (1 - alpha) / (1 - before)
+    b = alpha.sqrt() * (1 - after) / (1 - before)
+    c = (1 - after) * (1 - alpha) / (1 - before)
+    return a, b, c
+
+
+# --- Model -------------------------------------------------------------------------------------------------
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers from each width to the next, each followed by a ReLU."""
+    pairs = zip(widths[:-1], widths[1:], strict=True)
+    return nn.Sequential(*(layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())))
+
+
+class DenoisingBlockPaper(nn.Module):
+    """Block t: a CNN for the image, an MLP for the noisy label, a joint head; (x, z_{t-1}) -> ε̂_t.
+
+    convs: (channels, kernel, stride, padding, pool) of each stage: convolution, max-pool, batch norm, ReLU. The
+        pool has stride 2, 0 is none; before the batch norm it leaves that a quarter of the work.
+    target: what the network f inside the block computes. "label": it estimates û, and the noise follows,
+        ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ): f need not copy its noisy input and have the error multiplied by 1/√ᾱ,
+        31 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
+    """
+
+    def __init__(
+        self,
+        image_shape=(1, 28, 28),
+        embed_dim=20,
+        convs=((16, 5, 2, 2, 2), (32, 3, 1, 0, 0), (64, 3, 1, 0, 2)),
+        image_width=64,
+        label_widths=(64,),
+        head_widths=(64,),
+        target="label",
+    ):
+        super().__init__()
+        self.target, layers, channels = target, [], image_shape[0]
+        for width, kernel, stride, padding, pool in convs:
+            layers.append(nn.Conv2d(channels, width, kernel, stride, padding, bias=False))
+            layers += [nn.MaxPool2d(pool, 2, ceil_mode=True)] if pool else []
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        cnn = nn.Sequential(*layers, nn.Flatten())
+        features = cnn.eval()(torch.zeros(1, *image_shape)).shape[1]
+        full = nn.Linear(features, image_width, bias=False)
+        self.image = cnn.train().extend([full, nn.BatchNorm1d(image_width), nn.ReLU()])
+        self.label = mlp(embed_dim, *label_widths)
+        self.head = mlp(image_width + label_widths[-1], *head_widths).append(
+            nn.Linear(head_widths[-1], embed_dim)
+        )
+
+    def forward(self, image: Tensor, z: Tensor, alpha_bar: float) -> Tensor:
+        """ε̂, (B, D), from images (B, C, H, W) and noisy labels z (B, D) at the level ᾱ_{t-1} = alpha_bar."""
+        f = self.head(torch.cat([self.image(image), self.label(z)], dim=1))  # (B, D)
+        return f if self.target == "noise" else (z - alpha_bar**0.5 * f) / (1 - alpha_bar) ** 0.5
+
+
+BLOCKS: dict[str, dict[str, Any]] = {  # arguments of DenoisingBlockPaper
+    # 51 k parameters, 0.39 M multiply-adds
+    "small": {},
+    # the same layers with the first pool a stage later: 51 k parameters, 1.06 M multiply-adds
+    "large": {"convs": ((16, 5, 2, 2, 0), (32, 3, 1, 0, 2), (64, 3, 1, 0, 2))},
+    # the block of the description that this project started from: 628 k parameters, 8.0 M multiply-adds
+    "reference": {
+        "convs": ((32, 3, 1, 1, 2), (64, 3, 1, 1, 2), (128, 3, 1, 1, 3)),
+        "image_width": 256,
+        "label_widths": (256, 256),
+        "head_widths": (256, 128),
+    },
+}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0 ... 255 -> float 0 ... 1; floats pass."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+class NoProp(nn.Module):
+    """T blocks, the label embedding that they share, and the classifier, which is the head of block T.
+
+    Weights are drawn from (seed, block): a block starts the same whatever stands beside it. The embedding's rows
+    start orthonormal, which takes embed_dim >= num_classes.
+    """
+
+    def __init__(self, num_blocks=10, num_classes=10, embed_dim=20, image_shape=(1, 28, 28), seed=0, **block):
+        super().__init__()
+        self.image_shape, self.alpha_bar = tuple(image_shape), cosine_schedule(num_blocks)
+        with seeded(seed, "embedding"):
+            self.label_embedding = nn.Embedding(num_classes, embed_dim)
+            nn.init.orthogonal_(self.label_embedding.weight)
+        self.blocks = nn.ModuleList()
+        for t in range(1, num_blocks + 1):
+            with seeded(seed, "block", t):
+                self.blocks.append(DenoisingBlockPaper(image_shape, embed_dim, **block))
+        with seeded(seed, "classifier"):
+            self.classifier = nn.Linear(embed_dim, num_classes)
+
+    def forward(
+        self, image: Tensor, temperature: float = 0.0, noise: torch.Generator | None = None
+    ) -> Tensor:
+        """Inference: class logits after every block, (B, T, classes), of images (B, C, H, W) in [0, 1].
+
+        temperature is τ: 1 samples a label from p(y|x); 0 starts at z_0 = 0 and follows the mean, deterministic.
+        """
+        z = torch.randn(len(image), self.label_embedding.embedding_dim, generator=noise).to(image.device)
+        steps = reverse_process(self.blocks, image, temperature * z, self.alpha_bar, temperature, noise)
+        return torch.stack([self.classifier(u_hat) for u_hat, _ in steps], dim=1)
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
+
+        images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark. Raises
+        ValueError for other shapes and types.
+        """
+        images = images.unsqueeze(1) if images.ndim == 3 else images
+        if images.shape[1:] != self.image_shape or not (
+            images.dtype == torch.uint8 or images.is_floating_point()
+        ):
+            raise ValueError(
+                f"images must be uint8 or float, (N, *{self.image_shape}); not {images.dtype}, {images.shape}"
+            )
+        batches = images.to(self.classifier.weight.device).split(500)
+        return torch.cat([self(to_float(batch)).softmax(-1) for batch in batches])
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The class of each image, (N,): argmax classifier(û_T). Images as for probabilities()."""
+        return self.probabilities(images)[:, -1].argmax(-1)
+
+
+# --- Forward and reverse process ---------------------------------------------------------------------------
+
+
+def noisy_label(u: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """z = √ᾱ u + √(1-ᾱ) ε, a draw from q(z | y)."""
+    return alpha_bar**0.5 * u + (1 - alpha_bar) ** 0.5 * noise
+
+
+def clean_label(z: Tensor, eps_hat: Tensor, alpha_bar: float) -> Tensor:
+    """û = (z - √(1-ᾱ) ε̂) / √ᾱ, noisy_label() solved for u."""
+    return (z - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
+
+
+def reverse_process(
+    blocks: Iterable,
+    image: Tensor,
+    z: Tensor,
+    alpha_bar: Tensor,
+    temperature: float,
+    noise: torch.Generator | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """From z_0 (B, D) to z_T, a step a block: yields û_t and z_t, (B, D) each. Equation 3 of NoProp."""
+    coefficients = zip(*(x.tolist() for x in (alpha_bar[:-1], *reverse_coefficients(alpha_bar))), strict=True)
+    for block, (level, a, b, c) in zip(blocks, coefficients, strict=True):
+        u_hat = clean_label(z, block(image, z, level), level)
+        xi = torch.randn(z.shape, generator=noise).to(z.device)
+        z = a * u_hat + b * z + temperature * c**0.5 * xi
+        yield u_hat, z
+
+
+# --- Objective ---------------------------------------------------------------------------------------------
+
+
+def block_loss(
+    block: nn.Module, image: Tensor, u: Tensor, noise: Tensor, alpha_bar: float, eta: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) of one block at one noise level; and û (B, D), for the last block's classifier.
+
+    û is linear in ε̂, so this is (η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε): one constant a block times one error.
+    """
+    z = noisy_label(u, noise, alpha_bar)
+    eps_hat = block(image, z, alpha_bar)
+    u_hat = clean_label(z, eps_hat, alpha_bar)
+    return eta * F.mse_loss(eps_hat, noise) + lam * F.mse_loss(u_hat, u), u_hat
+
+
+# --- Configuration -----------------------------------------------------------------------------------------
+
+NUM_CLASSES = 10
+
+
+class Failure(Exception):
+    """A run that can't go on: one line for the user, and the exit code (1 machine, 2 input, 3 not finite)."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+class Stopped(Failure):
+    """Ctrl-C (exit code 130) or SIGTERM (143)."""
+
+
+class NotFinite(Failure):
+    """A loss or a gradient that is infinite or not a number (exit code 3)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """NoProp on MNIST: train denoising blocks, each alone, and classify with them.
+
+    Without arguments: train with the default settings, evaluate, save the network and two pictures.
+    """
+
+    preset: Literal["default", "reference"] = "default"  # settings to start from; flags win over them
+    seed: int = 0  # decides weights, order, augmentation and noise
+    epochs: int = 8  # passes over the training split, each of which trains all blocks
+    batch_size: int = 256  # images a step; an incomplete last batch is left out
+    train_images: int | None = None  # only the first N images of the training split, for quick tries
+    num_blocks: int = 10  # T, blocks and noise levels
+    embed_dim: int = 20  # D, dimension of the label embedding, at least the number of classes
+    block: Literal["small", "large", "reference"] = "small"  # widths of the blocks: BLOCKS in the script
+    target: Literal["label", "noise"] = "label"  # what a block's network computes: û, or ε̂ directly
+    eta_loss_weight: float = 2.0  # η₁, weight of MSE(ε̂, ε)
+    lambda_global: float = 1.0  # η₂, weight of MSE(û, u)
+    lr: float = 0.01  # highest learning rate of AdamW
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"  # one-cycle: warms up for a fifth of the run
+    eta_min: float = 1e-6  # learning rate at the end
+    weight_decay: float = 1e-3  # of blocks and classifier
+    embed_wd: float = 1e-7  # weight decay of the label embedding
+    max_norm_embed: float = 50.0  # rows of the label embedding are clipped to this norm
+    grad_clip: float = 1.0  # gradient norm of a block, of the classifier, of the embedding, each by itself
+    ema_decay: float = 0.998  # of the average of weights that is evaluated and saved; 0: no averaging
+    augment: bool = True  # rotate, scale and shift the training images at random
+    temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
+    patience: int = 15  # stop after this many epochs without a better validation accuracy
+    # What follows leaves the result as it is, and is not saved with it.
+    output_dir: Path = Path(".")  # folder for all that is written
+    data_root: Path = Path(__file__).resolve().parent / "data"  # folder that holds MNIST/raw/*.gz
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
+    threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
+    evaluate: Path | None = None  # a checkpoint: print its test accuracy
+    predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
+    run_hpo: bool = RUN_HPO  # search hyperparameters with Optuna, then train with the best
+    hpo_trials: int = 40  # trials of the search
+    hpo_epochs: int = 2  # epochs of a trial
+
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        for names, holds, rule in (
+            ("epochs num_blocks patience threads hpo_trials hpo_epochs", lambda x: x >= 1, "at least 1"),
+            ("batch_size", lambda x: x >= 2, "at least 2, for batch norm"),
+            ("lr max_norm_embed grad_clip", lambda x: 0 < x < math.inf, "a positive number"),
+            ("eta_loss_weight lambda_global", lambda x: 0 <= x < math.inf, "0 or a positive number"),
+            ("weight_decay embed_wd temperature", lambda x: 0 <= x < math.inf, "0 or a positive number"),
+            ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
+            ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+            ("embed_dim", lambda x: x >= NUM_CLASSES, f"at least {NUM_CLASSES}, an orthogonal row a class"),
+            ("train_images", lambda x: x is None or x >= self.batch_size, "None or at least batch_size"),
+        ):
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+        if self.eta_loss_weight == self.lambda_global == 0:
+            raise ValueError("eta_loss_weight and lambda_global are both 0: the blocks would learn nothing")
+
+    def saved(self) -> dict[str, Any]:
+        """The fields that decide the result."""
+        fields = list(dataclasses.asdict(self).items())
+        return dict(fields[: [name for name, _ in fields].index("output_dir")])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # the description that this project started from, at consistent noise levels; meant for a GPU
+    "reference": {
+        **{"epochs": 100, "batch_size": 128, "block": "reference", "target": "noise"},
+        **{"schedule": "cosine", "ema_decay": 0.0, "augment": False},
+    },
+}
+
+
+# --- Data --------------------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """images uint8 (N, 1, 28, 28) and labels int64 (N,), on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Data(NamedTuple):
+    """55,000 images to train on, 5,000 to choose by, 10,000 that decide nothing."""
+
+    train: Split
+    val: Split
+    test: Split
+
+
+MD5 = {  # of MNIST's files, packed and unpacked
+    "train-images-idx3-ubyte": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": ("9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": ("ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
+}
+
+
+def read_mnist_file(folder: Path, name: str) -> bytes:
+    """Contents of one MNIST file, from its .gz or unpacked, checked by md5; raises Failure (absent, damaged)."""
+    for path, md5 in zip((folder / f"{name}.gz", folder / name), MD5[name], strict=True):
+        if path.exists():
+            content = path.read_bytes()
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+                raise Failure(f"{path} is damaged (md5 is not {md5}): put a fresh copy in its place")
+            return gzip.decompress(content) if path.suffix == ".gz" else content
+    raise Failure(f"{folder / name}.gz is missing: put MNIST's four files there, or see --data-root")
+
+
+def load_mnist(root: Path, device: torch.device, train_images: int | None = None) -> Data:
+    """The three splits of root/MNIST/raw; the validation split is the same for every seed. Raises Failure."""
+
+    def read(prefix: str) -> Split:
+        images = np.frombuffer(
+            read_mnist_file(root / "MNIST/raw", f"{prefix}-images-idx3-ubyte"), np.uint8, offset=16
+        )
+        labels = np.frombuffer(
+            read_mnist_file(root / "MNIST/raw", f"{prefix}-labels-idx1-ubyte"), np.uint8, offset=8
+        )
+        return Split(
+            torch.tensor(images.reshape(-1, 1, 28, 28)).to(device), torch.tensor(labels).long().to(device)
+        )
+
+    train, test = read("train"), read("t10k")
+    order = torch.randperm(len(train.labels), generator=generator("split")).to(device)
+    val, rest = order[:5000], order[5000:][:train_images]
+    return Data(
+        Split(train.images[rest], train.labels[rest]), Split(train.images[val], train.labels[val]), test
+    )
+
+
+def augment(images: Tensor, noise: torch.Generator) -> Tensor:
+    """Each image (B, C, H, W) turned by up to 12°, scaled by up to 10 % and shifted by up to 6 % of its width."""
+    limits = torch.tensor(
+        [[math.radians(12)], [0.1], [0.12], [0.12]]
+    )  # affine_grid counts shifts in half widths
+    angle, scale, dx, dy = (torch.rand(4, len(images), generator=noise) * 2 - 1) * limits
+    cos, sin = torch.cos(angle) * (1 + scale), torch.sin(angle) * (1 + scale)
+    theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+# --- Training and evaluation -------------------------------------------------------------------------------
+
+
+def build(config: Config) -> NoProp:
+    """The untrained network of a config."""
+    arguments = BLOCKS[config.block] | {"target": config.target}
+    model = NoProp(config.num_blocks, NUM_CLASSES, config.embed_dim, seed=config.seed, **arguments)
+    return model.to(memory_format=torch.channels_last)  # twice as fast as NCHW on a CPU
+
+
+@contextmanager
+def workers(device: torch.device, threads: int) -> Iterator[Callable]:
+    """A map() over independent jobs; on a CPU it runs as many at once as there are threads, each on one of them.
+
+    Blocks are small and independent: a core for each block beats all cores on one block after another. A block's
+    result is the same bit for bit however many threads there are. An accelerator takes the jobs in order.
+    """
+    if device.type != "cpu":
+        yield map
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(before)
+
+
+class Training:
+    """All that changes while training: weights and their average, optimizers, position, history, selection."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config = config
+        self.model = build(config).to(device)
+        self.averaged = copy.deepcopy(self.model).eval()
+        self.parts, self.optimizers, self.tensors = {}, {}, {}  # by name
+        for name in [*(f"blocks.{i}" for i in range(config.num_blocks)), "classifier", "label_embedding"]:
+            part = self.parts[name] = self.model.get_submodule(name)
+            self.optimizers[name] = torch.optim.AdamW(
+                part.parameters(),
+                weight_decay=config.embed_wd if name == "label_embedding" else config.weight_decay,
+                fused=device.type in ("cpu", "cuda"),
+            )
+            self.tensors[name] = [
+                [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+                for module in (self.averaged.get_submodule(name), part)
+            ]
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.selected, self.selected_epoch = self.averaged.state_dict(), 0
+
+    def update(self, name: str, lr: float) -> Tensor:
+        """Clip the gradient of one part, by itself, step, and move its average; returns the gradient's norm."""
+        optimizer = self.optimizers[name]
+        norm = nn.utils.clip_grad_norm_(self.parts[name].parameters(), self.config.grad_clip)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # young weights count for less
+        averaged, current = self.tensors[name]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        return norm
+
+    def record(self, record: dict[str, Any], val_images: int) -> None:
+        """Append an epoch to the history, and select its weights by the one-standard-error rule.
+
+        Of all epochs within one standard error of the best validation accuracy, which the validation split can't
+        tell apart, the last is selected: it has averaged more weights at a lower learning rate.
+        """
+        self.history.append(record)
+        best = max(record["val_accuracy"] for record in self.history)
+        if record["val_accuracy"] >= best - standard_error(best, val_images):
+            self.selected, self.selected_epoch = copy.deepcopy(self.averaged.state_dict()), record["epoch"]
+
+    def out_of_patience(self) -> bool:
+        best = max(self.history, key=lambda record: record["val_accuracy"])
+        return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on takes beside the config and the selected weights."""
+        names = ("step", "seconds", "history", "selected_epoch")
+        return {name: getattr(self, name) for name in names} | {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+
+def learning_rate(progress: float, config: Config) -> float:
+    """The learning rate after a fraction of all steps."""
+    warm_up = 0.2 if config.schedule == "one-cycle" else 0.0
+    if progress < warm_up:
+        return config.lr * (0.04 + 0.96 * progress / warm_up)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
+    return config.eta_min + (config.lr - config.eta_min) * cosine
+
+
+def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Tensor, lr: float):
+    """One step of block t, alone: its losses, its gradient norms, and the gradient of its loss by u (B, D)."""
+    config, model = training.config, training.model
+    u = u.detach().requires_grad_()  # the gradient for the shared embedding ends here, and is handed over
+    noise = torch.randn(u.shape, generator=generator(config.seed, "noise", t, training.step)).to(u.device)
+    block, level = model.blocks[t - 1], model.alpha_bar[t - 1].item()
+    loss, u_hat = block_loss(block, image, u, noise, level, config.eta_loss_weight, config.lambda_global)
+    losses, names = [loss.detach()], [f"blocks.{t - 1}"]
+    if t == config.num_blocks:  # the classifier is the head of the last block
+        classifier_loss = F.cross_entropy(model.classifier(u_hat), label)
+        loss = loss + classifier_loss
+        losses, names = [*losses, classifier_loss.detach()], [*names, "classifier"]
+    loss.backward()
+    return losses, [training.update(name, lr) for name in names], u.grad
+
+
+def train_step(
+    training: Training, image: Tensor, label: Tensor, lr: float, parallel: Callable = map
+) -> Tensor:
+    """A step of every block, each alone; returns T + 1 losses and then T + 2 gradient norms, on the device."""
+    config, embedding = training.config, training.model.label_embedding
+    u = embedding(label)  # (B, D)
+    blocks = range(1, config.num_blocks + 1)
+    steps = parallel(lambda t: train_block(training, t, image, u, label, lr), blocks)
+    losses, norms, gradients = zip(*steps, strict=True)
+    u.backward(sum(gradients))  # all that the blocks share
+    norm = training.update("label_embedding", lr)
+    with torch.no_grad():
+        embedding.weight.copy_(torch.renorm(embedding.weight, 2, 0, config.max_norm_embed))  # each row
+    training.step += 1
+    return torch.stack([*sum(losses, []), *sum(norms, []), norm])
+
+
+def train(
+    training: Training, data: Data, parallel: Callable = map, after_step: Callable = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """Train all blocks; yields one record an epoch. Whoever stops asking has stopped early.
+
+    after_step is called after every step, and may raise to stop there. Raises NotFinite, and Failure where
+    a batch is larger than the training split.
+    """
+    config, (images, labels) = training.config, data.train
+    steps = len(labels) // config.batch_size
+    if not steps:
+        raise Failure(f"--batch-size {config.batch_size} is more than the {len(labels)} training images")
+    for epoch in range(training.step // steps, config.epochs):
+        started, log = time.perf_counter(), []
+        order = torch.randperm(len(labels), generator=generator(config.seed, "order", epoch))
+        for batch in order[: steps * config.batch_size].to(labels.device).split(config.batch_size):
+            image = to_float(images[batch])
+            if config.augment:
+                image = augment(image, generator(config.seed, "augment", training.step))
+            lr = learning_rate(training.step / (steps * config.epochs), config)
+            log.append(train_step(training, image, labels[batch], lr, parallel))
+            if labels.device.type == "cpu" or len(log) == steps:  # elsewhere, to look is to wait
+                check_finite(log, training)
+            after_step()
+        training.seconds += time.perf_counter() - started
+        losses = torch.stack(log).mean(0).tolist()
+        val, test = (evaluate(training.averaged, split, config, parallel) for split in data[1:])
+        record = {
+            "epoch": epoch + 1,
+            "block_losses": losses[: config.num_blocks],
+            "classifier_loss": losses[config.num_blocks],
+            "val_accuracy": val["accuracy"][-1],
+            "val_loss": val["loss"][-1],
+            "test_accuracy": test["accuracy"][-1],
+            "lr": lr,
+            "seconds": training.seconds,
+        }
+        training.record(record, len(data.val.labels))
+        yield record
+        if training.out_of_patience():
+            return
+
+
+def check_finite(log: list[Tensor], training: Training) -> None:
+    """Raise NotFinite that names the first loss or gradient norm of the last step that is not finite."""
+    if log[-1].isfinite().all():
+        return
+    row, column = (~torch.stack(log).isfinite()).nonzero()[0].tolist()
+    parts = [
+        *(f"block {t + 1}" for t in range(training.config.num_blocks)),
+        "the classifier",
+        "the embedding",
+    ]
+    names = [f"loss of {part}" for part in parts[:-1]] + [f"gradient norm of {part}" for part in parts]
+    step = training.step - len(log) + row + 1
+    raise NotFinite(f"{names[column]} is {log[row][column].item()} in step {step}: try a lower --lr", 3)
+
+
+def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, list[float]]:
+    """Accuracy in percent and cross-entropy of the chain cut after each block, lists of T."""
+
+    @torch.inference_mode()
+    def logits(start: int) -> Tensor:
+        images = to_float(split.images[start : start + 500])
+        return model(images, config.temperature, generator(config.seed, "inference", start))
+
+    predictions = torch.cat(list(parallel(logits, range(0, len(split.labels), 500))))  # (N, T, classes)
+    label = split.labels[:, None].expand(predictions.shape[:2])
+    loss = F.cross_entropy(predictions.flatten(0, 1), label.flatten(), reduction="none").view(label.shape)
+    correct = (predictions.argmax(-1) == label).double()
+    return {"accuracy": (100 * correct.mean(0)).tolist(), "loss": loss.mean(0).tolist()}
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error, in points, of an accuracy in percent."""
+    return math.sqrt(accuracy * (100 - accuracy) / images)
+
+
+# --- Files and pictures ------------------------------------------------------------------------------------
+
+FORMAT = "noprop-example-1"
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, rename: the file appears whole or not at all. Raises Failure (1)."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Failure(f"cannot write {path}: {error.strerror}", 1) from error
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 over nested dicts and lists of tensors and plain values."""
+    leaves, structure = tree_flatten(value)
+    sha = hashlib.sha256(repr(structure).encode())
+    for leaf in leaves:
+        is_tensor = isinstance(leaf, Tensor)
+        sha.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode() if is_tensor else repr(leaf).encode())
+        sha.update(leaf.cpu().contiguous().numpy().tobytes() if is_tensor else b"")
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: Path, training: Training) -> None:
+    """Write config, selected weights, and the state of the training. Raises Failure (1)."""
+    content = {"format": FORMAT, "config": training.config.saved()}
+    content |= {"model": training.selected, "training": training.state_dict()}
+    file = io.BytesIO()
+    torch.save(content | {"checksum": checksum(content)}, file)
+    write_file(path, file.getvalue())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Contents of a checkpoint; raises Failure for a file that is none or is damaged."""
+    try:
+        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # a damaged file can raise anything here
+        raise Failure(f"{path} is not a checkpoint of this script, or is damaged") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise Failure(f"{path} is not a checkpoint of this script (format {FORMAT})")
+    if content.pop("checksum", None) != checksum(content):
+        raise Failure(f"{path} is damaged: its checksum does not match")
+    return content
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
+    """The trained network of a checkpoint, ready for predict(images); its config is an attribute.
+
+    Raises Failure if the file is no checkpoint of this script, is damaged, or its weights do not fit its config.
+    """
+    content = read_checkpoint(Path(path))
+    try:
+        config = Config(**content["config"])
+        model = build(config)
+        model.load_state_dict(content["model"])
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(f"{path} does not fit this version of the script: {reason}") from error
+    model.config = config
+    return model.eval().to(device)
+
+
+def save_figure(figure, path: Path) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    write_file(path, file.getvalue())
+
+
+def draw_progress(path: Path, summary: dict[str, Any]) -> None:
+    """Losses, accuracies and learning rate by epoch; accuracy after each block."""
+    from matplotlib.figure import Figure
+
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (losses, blocks), (accuracies, rates) = figure.subplots(2, 2)
+    history, by_blocks = summary["history"], summary["test_accuracy_by_blocks"]
+
+    def line(axes, x, y, color: str, marker: str, label: str, last: bool = False) -> None:
+        axes.plot(x, y, color=color, marker=marker, markersize=4, label=label)
+        if last and y:
+            axes.annotate(f"{y[-1]:.2f} %", (x[-1], y[-1]), (0, -16), textcoords="offset points", ha="right")
+
+    def by_epoch(axes, name: str, *style) -> None:
+        values = [float(np.mean(record[name])) for record in history]
+        line(axes, [record["epoch"] for record in history], values, *style)
+
+    by_epoch(losses, "block_losses", blue, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)")
+    by_epoch(losses, "classifier_loss", orange, "s", "classifier: cross-entropy")
+    losses.set(title="Training losses", xlabel="epoch", ylabel="loss", yscale="log")
+    by_epoch(accuracies, "val_accuracy", blue, "o", "validation")
+    by_epoch(accuracies, "test_accuracy", orange, "s", "test (decides nothing)", True)
+    accuracies.set(title="Accuracy of the averaged weights", xlabel="epoch", ylabel="%")
+    by_epoch(rates, "lr", green, "o", "at the end of the epoch")
+    rates.set(title="Learning rate", xlabel="epoch")
+    line(blocks, range(1, len(by_blocks) + 1), by_blocks, orange, "s", "test, selected weights", True)
+    blocks.set(title="What the blocks add: accuracy of the chain cut after block k", xlabel="k", ylabel="%")
+    for axes in (losses, blocks, accuracies, rates):
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.15)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+@torch.inference_mode()
+def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
+    """A dozen test digits, half of them hard, and the class probabilities in z_0 ... z_T of each, at τ = 1.
+
+    Class k has the density N(z_t; √ᾱ_t u_k, (1-ᾱ_t) I) at z_t.
+    """
+    from matplotlib.figure import Figure
+
+    truth = test.labels.cpu()
+    certainty = model.probabilities(test.images)[:, -1].cpu().gather(1, truth[:, None])[:, 0]
+    chosen = torch.cat([torch.arange(6), certainty.argsort()[:24:4]])
+    image, noise, u = to_float(test.images[chosen]), generator("denoising"), model.label_embedding.weight
+    z = torch.randn(len(chosen), u.shape[1], generator=noise).to(u.device)
+    states = [z, *(z for _, z in reverse_process(model.blocks, image, z, model.alpha_bar, 1.0, noise))]
+    z, level = torch.stack(states, 1).unsqueeze(2), model.alpha_bar.float().to(u.device).view(-1, 1, 1)
+    distance = (z - level.sqrt() * u).square().sum(-1)  # (12, T+1, classes)
+    probabilities = (-distance / (2 * (1 - level[:, :, 0]))).softmax(-1).cpu()
+    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    figure.suptitle("Class probabilities in z_t, from noise (t = 0) to the answer (t = T); hard digits below")
+    axes = figure.subplots(4, 6, height_ratios=(1, 1.2, 1, 1.2))
+    for i, (digit, chart) in enumerate(zip(axes[::2].flat, axes[1::2].flat, strict=True)):
+        answer, label = int(probabilities[i, -1].argmax()), int(truth[chosen[i]])
+        digit.imshow(image[i, 0].cpu(), cmap="gray")
+        digit.set_axis_off()
+        digit.set_title(f"{answer}" if answer == label else f"{answer} (labelled {label})", fontsize=10)
+        chart.imshow(probabilities[i].T, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        chart.set(xlabel="t", ylabel="class", yticks=range(0, len(u), 3))
+    save_figure(figure, path)
+
+
+# --- Using a network ---------------------------------------------------------------------------------------
+
+
+def read_picture(path: Path) -> Tensor:
+    """A PNG or JPEG as MNIST would have it, uint8 (28, 28): light on dark, 20 pixels large, centred by mass.
+
+    Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure for
+    a file that can't be read and for an empty picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Failure(f"cannot read the image {path}: {error}") from error
+    on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    gray = np.asarray(on_white.convert("L"), np.float32)
+    ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
+    if ink.max() < 16:
+        raise Failure(f"{path} shows nothing: it is all one shade")
+    rows, columns = (np.flatnonzero((ink > 0.25 * ink.max()).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] / ink.max()
+    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    ink = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BOX))
+    y, x = ((ink.sum(axis) @ np.arange(n)) / ink.sum() for axis, n in ((1, height), (0, width)))
+    top, left = np.clip([round(13.5 - y), round(13.5 - x)], 0, [28 - height, 28 - width])
+    canvas = np.zeros((28, 28), np.float32)
+    canvas[top : top + height, left : left + width] = ink
+    return torch.from_numpy((canvas * 255).round().astype(np.uint8))
+
+
+def classify(config: Config, device: torch.device) -> None:
+    """Print the class of each picture file of --predict, with the three most probable ones."""
+    checkpoint, *pictures = config.predict
+    if not pictures:
+        raise Failure("--predict takes a checkpoint and then at least one image file")
+    model, images = load(checkpoint, device), torch.stack([read_picture(path) for path in pictures])
+    for path, probability in zip(pictures, model.probabilities(images)[:, -1], strict=True):
+        best = [f"{k}: {100 * probability[k]:.1f} %" for k in probability.topk(3).indices]
+        print(f"{path}: {probability.argmax()}  ({', '.join(best)})")
+
+
+def evaluate_checkpoint(config: Config, device: torch.device) -> None:
+    """Print the test accuracy of the trained network of --evaluate."""
+    model, test = load(config.evaluate, device), load_mnist(config.data_root, device).test
+    with workers(device, config.threads) as parallel:
+        accuracy = evaluate(model, test, model.config, parallel)["accuracy"][-1]
+    print(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %.")
+
+
+# --- Runs --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Callable[[], None]]:
+    """A check() that raises Stopped once Ctrl-C or SIGTERM has come; the second such signal leaves at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    def check() -> None:
+        if received:
+            raise Stopped(f"stopped by {signal.Signals(received[0]).name}", 128 + received[0])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the accelerator if there is one, else the CPU. Raises Failure."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Failure(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the folder, try to write into it, and keep an older checkpoint. Raises Failure."""
+    checkpoint, previous = folder / "noprop_hybrid.pt", folder / "noprop_hybrid.previous.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if checkpoint.exists():
+            os.replace(checkpoint, previous)
+            print(f"Kept the older {checkpoint} as {previous}.")
+    except OSError as error:
+        raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
+
+
+def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, Any]:
+    """What noprop_hybrid.json says of a run; accuracies in percent."""
+    config, history, device = training.config, training.history, data.test.images.device
+    model = build(config).to(device).eval()
+    norm_start = model.label_embedding.weight.norm(dim=1).mean().item()
+    model.load_state_dict(training.selected)
+    val, test = (evaluate(model, split, config, parallel)["accuracy"] for split in data[1:])
+    return {
+        "config": config.saved(),
+        "seed": config.seed,
+        "device": str(device),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
+        "epochs": len(history),
+        "selected_epoch": training.selected_epoch,
+        "seconds": training.seconds,
+        "val_accuracy": val[-1],
+        "test_accuracy": test[-1],
+        "best_test_accuracy": max([record["test_accuracy"] for record in history] or test[-1:]),
+        "test_accuracy_by_blocks": test,
+        "embedding_norm_start": norm_start,
+        "embedding_norm_end": model.label_embedding.weight.norm(dim=1).mean().item(),
+        "history": history,
+    }
+
+
+def print_epoch(record: dict[str, Any], epochs: int) -> None:
+    tqdm.write(
+        f"epoch {record['epoch']:>3}/{epochs}  loss: blocks {np.mean(record['block_losses']):.4f}, classifier "
+        f"{record['classifier_loss']:.4f}  validation {record['val_accuracy']:.2f} %, test "
+        f"{record['test_accuracy']:.2f} %  lr {record['lr']:.6f}  {record['seconds']:.0f} s"
+    )
+
+
+def matmul_peak(device: str, size: int = 1024) -> float:
+    """GFLOP/s of float32 matrix products, the best of twenty."""
+    a, seconds = torch.rand(size, size, device=device), []
+    for _ in range(20):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the product
+        seconds.append(time.perf_counter() - started)
+    return 2e-9 * size**3 / min(seconds)
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    accuracy, by_blocks = summary["test_accuracy"], summary["test_accuracy_by_blocks"]
+    for name, text in (
+        ("Test accuracy", f"{accuracy:.2f} ± {standard_error(accuracy, 10_000):.2f} % (± for 10,000 images)"),
+        ("Weights", f"epoch {summary['selected_epoch']}, chosen on validation images"),
+        ("Best test epoch", f"{summary['best_test_accuracy']:.2f} % (chosen on the test set, as the original did)"),
+        ("After block 1 …", " ".join(f"{x:.2f}" for x in by_blocks) + " % (chain cut there)"),
+        ("Time", f"{summary['seconds']:.0f} s of training, {summary['seconds_total']:.0f} s in all"),
+        ("Machine", f"{summary['device']}, float32 matmul peak {matmul_peak(summary['device']):.0f} GFLOP/s"),
+        ("Files", "noprop_hybrid.pt, noprop_hybrid.json, training_progress_hybrid.png, denoising.png"),
+        ("Folder", folder.resolve()),
+    ):
+        print(f"{name:<16} {text}")
+
+
+def run(config: Config, device: torch.device) -> int:
+    """Train, evaluate, write all files; returns the exit code."""
+    started, folder, code = time.perf_counter(), config.output_dir, 0
+    data = load_mnist(config.data_root, device, config.train_images)
+    prepare_output(folder)
+    training = Training(config, device)
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    images, steps = len(data.train.labels), config.epochs * (len(data.train.labels) // config.batch_size)
+    print(f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} parameters; {images:,} images")
+    with (
+        stop_between_steps() as check,
+        workers(device, config.threads) as parallel,
+        tqdm(total=steps, disable=None, unit="step", leave=False) as bar,
+    ):
+        try:
+            for record in train(training, data, parallel, lambda: (bar.update(), check())):
+                print_epoch(record, config.epochs)
+                save_checkpoint(folder / "noprop_hybrid.pt", training)
+                check()
+        except Stopped as stopped:
+            code = stopped.code
+            tqdm.write(f"{stopped} in step {training.step} of {steps}: saving what there is")
+            save_checkpoint(folder / "noprop_hybrid.pt", training)
+        summary = summarize(training, data, parallel)
+    draw_denoising(folder / "denoising.png", load(folder / "noprop_hybrid.pt", device), data.test)
+    draw_progress(folder / "training_progress_hybrid.png", summary)
+    summary["seconds_total"] = time.perf_counter() - started
+    write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
+    print_summary(summary, folder)
+    return code
+
+
+# --- Search ------------------------------------------------------------------------------------------------
+
+
+def suggest(trial) -> dict[str, float]:
+    """The search space: edit it here."""
+    return {
+        "lr": trial.suggest_float("lr", 1e-3, 5e-2, log=True),
+        "eta_loss_weight": trial.suggest_float("eta_loss_weight", 0.1, 10.0, log=True),
+        "lambda_global": trial.suggest_float("lambda_global", 0.1, 10.0, log=True),
+        "embed_wd": trial.suggest_float("embed_wd", 1e-8, 1e-3, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-5, 1e-1, log=True),
+    }
+
+
+def search(config: Config, device: torch.device) -> Config:
+    """The best config, by validation accuracy, of a study in noprop_hpo.db; a study begun earlier goes on."""
+    import optuna
+
+    data = load_mnist(config.data_root, device, config.train_images)
+    prepare_output(config.output_dir)
+    storage = f"sqlite:///{config.output_dir / 'noprop_hpo.db'}"
+    sampler, pruner = optuna.samplers.TPESampler(seed=config.seed), optuna.pruners.MedianPruner()
+    study = optuna.create_study(
+        storage=storage,
+        study_name="noprop",
+        load_if_exists=True,
+        direction="maximize",
+        sampler=sampler,
+        pruner=pruner,
+    )
+    missing = config.hpo_trials - sum(trial.state.is_finished() for trial in study.trials)
+    with stop_between_steps() as check, workers(device, config.threads) as parallel:
+
+        def objective(trial) -> float:
+            trial_config = dataclasses.replace(config, epochs=config.hpo_epochs, **suggest(trial))
+            for record in train(Training(trial_config, device), data, parallel, check):
+                trial.report(record["val_accuracy"], record["epoch"])
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+            return record["val_accuracy"]
+
+        study.optimize(
+            objective, n_trials=max(missing, 0), catch=NotFinite
+        )  # a failed trial; the study goes on
+    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+        raise Failure("no trial of the search came to its end: look at the search space in suggest()", 3)
+    best = study.best_trial
+    write_file(config.output_dir / "hpo_best.json", json.dumps(best.params, indent=1).encode())
+    print(f"Best of {len(study.trials)} trials: validation {best.value:.2f} % with {best.params}")
+    return dataclasses.replace(config, **best.params)
+
+
+# --- Main --------------------------------------------------------------------------------------------------
+
+
+def read_config(arguments: list[str] | None = None) -> Config:
+    """The command line: flags win over --preset, that over the defaults."""
+    import tyro
+
+    preset = tyro.cli(Config, args=arguments).preset
+    return tyro.cli(Config, args=arguments, default=Config(preset=preset, **PRESETS[preset]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0; 1 for what the machine lacks, 2 wrong input, 3 a loss not finite, 130 or 143 a signal."""
+    try:
+        config = read_config(arguments)
+        device = pick_device(config.device)
+        if config.predict or config.evaluate:
+            classify(config, device) if config.predict else evaluate_checkpoint(config, device)
+            return 0
+        return run(search(config, device) if config.run_hpo else config, device)
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.code
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory: try a smaller --batch-size", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Makes or updates ./noprop_env beside this script, then runs its arguments inside it:
+#   ./setup_env.sh python noprop_example.py
+# Without arguments it only sets up. PYTHON names the interpreter to build the environment with.
+set -u
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
+env="$here/noprop_env"
+stamp="$env/requirements.stamp"
+
+fail() {
+    echo "setup_env.sh: $1" >&2
+    exit 1
+}
+
+is_new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+# cksum is POSIX; the stamp also holds the interpreter, so an environment that was moved or upgraded is rebuilt.
+wanted=$(cd "$here" && cksum requirements.txt requirements-dev.txt) || fail "the requirements files are missing"
+wanted="$wanted $env"
+
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/python"; then
+    if [ ! -f "$stamp" ] || ! is_new_enough "$env/bin/python"; then # none, half-made or broken: begin anew
+        python=""
+        for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+            if [ -n "$candidate" ] && is_new_enough "$candidate"; then
+                python=$candidate
+                break
+            fi
+        done
+        [ -n "$python" ] || fail "Python 3.10 or newer is needed; install it, or name it: PYTHON=/path/to/python ./setup_env.sh"
+        "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+            fail "$python has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)"
+        echo "Making $env ..." >&2
+        rm -rf "$env"
+        "$python" -m venv "$env" || fail "could not make $env (see above)"
+    fi
+    echo "Installing the requirements (about 6 GB with CUDA builds of torch; minutes) ..." >&2
+    rm -f "$stamp"
+    "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 ||
+        fail "the installation failed (see above); the next call tries again"
+    printf '%s\n' "$wanted" >"$stamp" || fail "cannot write $stamp"
+fi
+
+if [ $# -eq 0 ]; then
+    echo "Ready. Activate with:  . $env/bin/activate"
+    exit 0
+fi
+VIRTUAL_ENV="$env"
+PATH="$env/bin:$PATH"
+export VIRTUAL_ENV PATH
+exec "$@"
