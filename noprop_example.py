@@ -59,6 +59,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ RUN_HPO = False  # True: search hyperparameters with Optuna; False: train. The f
 def generator(*address: int | str) -> torch.Generator:
     """A generator seeded from an address such as (seed, "noise", block, step).
 
-    Every draw has an address, so none depends on what was drawn before: a block trained alone sees the same noise
-    as one trained beside others, and evaluation never disturbs training. It draws on the CPU, alike for any device.
+    No draw depends on what was drawn before: a block trained alone sees the same noise as one trained beside
+    others, and evaluation never disturbs training. Draws are made on the CPU, alike for every device.
     """
     digest = hashlib.blake2b(repr(address).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -85,7 +86,7 @@ def generator(*address: int | str) -> torch.Generator:
 
 @contextmanager
 def seeded(*address: int | str) -> Iterator[None]:
-    """Seed torch's global generator from an address, for code that takes no generator; restores it afterwards."""
+    """Seed torch's global generator from an address, for code that takes none, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(*address).get_state())
         yield
@@ -98,8 +99,8 @@ def cosine_schedule(num_blocks: int, s: float = 0.008) -> Tensor:
     """ᾱ_0 ... ᾱ_T, shape (T+1,), float64, from noise (0.001) to label (0.999).
 
     Nichol and Dhariwal's cosine (arXiv 2102.09672, eq. 17), not divided by its start value, run in NoProp's
-    direction and clamped. Strictly increasing up to T of about 50; beyond, the clamp makes equal levels, at which
-    a = 0, b = 1, c = 0: a block without effect.
+    direction and clamped. Strictly increasing up to T of about 50; beyond, the clamp makes equal levels, at
+    which a = 0, b = 1, c = 0: a block without effect.
     """
     t = torch.arange(num_blocks + 1, dtype=torch.float64)
     return torch.cos(((1 - t / num_blocks) + s) / (1 + s) * math.pi / 2).square().clamp(1e-3, 0.999)
@@ -131,11 +132,11 @@ def mlp(*widths: int) -> nn.Sequential:
 class DenoisingBlockPaper(nn.Module):
     """Block t: a CNN for the image, an MLP for the noisy label, a joint head; (x, z_{t-1}) -> ε̂_t.
 
-    convs: (channels, kernel, stride, padding, pool) of each stage: convolution, max-pool, batch norm, ReLU. The
-        pool has stride 2, 0 is none; before the batch norm it leaves that a quarter of the work.
-    target: what the network f inside the block computes. "label": it estimates û, and the noise follows,
-        ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ): f need not copy its noisy input and have the error multiplied by 1/√ᾱ,
-        31 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
+    convs: (channels, kernel, stride, padding, pool) of each stage: convolution, max-pool, batch norm, ReLU.
+        The pool has stride 2, 0 is none; before the batch norm, it leaves that a quarter of the work.
+    target: what the network f inside the block computes. "label": f estimates û, and the noise follows,
+        ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ). So f need not copy its noisy input and have its error multiplied by
+        1/√ᾱ, 31 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
     """
 
     def __init__(
@@ -193,8 +194,8 @@ def to_float(images: Tensor) -> Tensor:
 class NoProp(nn.Module):
     """T blocks, the label embedding that they share, and the classifier, which is the head of block T.
 
-    Weights are drawn from (seed, block): a block starts the same whatever stands beside it. The embedding's rows
-    start orthonormal, which takes embed_dim >= num_classes.
+    Weights are drawn from (seed, block): a block starts the same whatever stands beside it. The embedding's
+    rows start orthonormal, which takes embed_dim >= num_classes.
     """
 
     def __init__(self, num_blocks=10, num_classes=10, embed_dim=20, image_shape=(1, 28, 28), seed=0, **block):
@@ -215,7 +216,7 @@ class NoProp(nn.Module):
     ) -> Tensor:
         """Inference: class logits after every block, (B, T, classes), of images (B, C, H, W) in [0, 1].
 
-        temperature is τ: 1 samples a label from p(y|x); 0 starts at z_0 = 0 and follows the mean, deterministic.
+        temperature is τ: 1 samples a label from p(y|x); 0 starts at z_0 = 0 and follows each step's mean.
         """
         z = torch.randn(len(image), self.label_embedding.embedding_dim, generator=noise).to(image.device)
         steps = reverse_process(self.blocks, image, temperature * z, self.alpha_bar, temperature, noise)
@@ -233,7 +234,7 @@ class NoProp(nn.Module):
             images.dtype == torch.uint8 or images.is_floating_point()
         ):
             raise ValueError(
-                f"images must be uint8 or float, (N, *{self.image_shape}); not {images.dtype}, {images.shape}"
+                f"images: (N, {self.image_shape}), uint8 or float; not {images.shape}, {images.dtype}"
             )
         batches = images.to(self.classifier.weight.device).split(500)
         return torch.cat([self(to_float(batch)).softmax(-1) for batch in batches])
@@ -279,7 +280,7 @@ def reverse_process(
 def block_loss(
     block: nn.Module, image: Tensor, u: Tensor, noise: Tensor, alpha_bar: float, eta: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) of one block at one noise level; and û (B, D), for the last block's classifier.
+    """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) of one block at one noise level; and û (B, D), for block T's classifier.
 
     û is linear in ε̂, so this is (η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε): one constant a block times one error.
     """
@@ -295,19 +296,11 @@ NUM_CLASSES = 10
 
 
 class Failure(Exception):
-    """A run that can't go on: one line for the user, and the exit code (1 machine, 2 input, 3 not finite)."""
+    """A run that can't go on: one line for the user, and the exit code (1: the machine, 2: the input)."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code
-
-
-class Stopped(Failure):
-    """Ctrl-C (exit code 130) or SIGTERM (143)."""
-
-
-class NotFinite(Failure):
-    """A loss or a gradient that is infinite or not a number (exit code 3)."""
 
 
 @dataclass(frozen=True)
@@ -378,10 +371,8 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # the description that this project started from, at consistent noise levels; meant for a GPU
-    "reference": {
-        **{"epochs": 100, "batch_size": 128, "block": "reference", "target": "noise"},
-        **{"schedule": "cosine", "ema_decay": 0.0, "augment": False},
-    },
+    "reference": {"epochs": 100, "batch_size": 128, "block": "reference", "target": "noise"}
+    | {"schedule": "cosine", "ema_decay": 0.0, "augment": False},
 }
 
 
@@ -412,7 +403,7 @@ MD5 = {  # of MNIST's files, packed and unpacked
 
 
 def read_mnist_file(folder: Path, name: str) -> bytes:
-    """Contents of one MNIST file, from its .gz or unpacked, checked by md5; raises Failure (absent, damaged)."""
+    """Contents of one MNIST file, packed or unpacked, checked by md5; raises Failure if absent or damaged."""
     for path, md5 in zip((folder / f"{name}.gz", folder / name), MD5[name], strict=True):
         if path.exists():
             content = path.read_bytes()
@@ -423,32 +414,24 @@ def read_mnist_file(folder: Path, name: str) -> bytes:
 
 
 def load_mnist(root: Path, device: torch.device, train_images: int | None = None) -> Data:
-    """The three splits of root/MNIST/raw; the validation split is the same for every seed. Raises Failure."""
+    """The three splits of root/MNIST/raw, the same for every seed. Raises Failure."""
 
     def read(prefix: str) -> Split:
-        images = np.frombuffer(
-            read_mnist_file(root / "MNIST/raw", f"{prefix}-images-idx3-ubyte"), np.uint8, offset=16
-        )
-        labels = np.frombuffer(
-            read_mnist_file(root / "MNIST/raw", f"{prefix}-labels-idx1-ubyte"), np.uint8, offset=8
-        )
-        return Split(
-            torch.tensor(images.reshape(-1, 1, 28, 28)).to(device), torch.tensor(labels).long().to(device)
-        )
+        images = bytearray(read_mnist_file(folder, f"{prefix}-images-idx3-ubyte")[16:])
+        labels = bytearray(read_mnist_file(folder, f"{prefix}-labels-idx1-ubyte")[8:])
+        images, labels = (torch.frombuffer(x, dtype=torch.uint8).to(device) for x in (images, labels))
+        return Split(images.view(-1, 1, 28, 28), labels.long())
 
+    folder = root / "MNIST" / "raw"
     train, test = read("train"), read("t10k")
     order = torch.randperm(len(train.labels), generator=generator("split")).to(device)
     val, rest = order[:5000], order[5000:][:train_images]
-    return Data(
-        Split(train.images[rest], train.labels[rest]), Split(train.images[val], train.labels[val]), test
-    )
+    return Data(Split(*(x[rest] for x in train)), Split(*(x[val] for x in train)), test)
 
 
 def augment(images: Tensor, noise: torch.Generator) -> Tensor:
-    """Each image (B, C, H, W) turned by up to 12°, scaled by up to 10 % and shifted by up to 6 % of its width."""
-    limits = torch.tensor(
-        [[math.radians(12)], [0.1], [0.12], [0.12]]
-    )  # affine_grid counts shifts in half widths
+    """Each image (B, C, H, W) turned by ≤ 12°, scaled by ≤ 10 % and shifted by ≤ 6 % of its width."""
+    limits = torch.tensor([[math.radians(12)], [0.1], [0.12], [0.12]])  # shifts: 1 is half the width
     angle, scale, dx, dy = (torch.rand(4, len(images), generator=noise) * 2 - 1) * limits
     cos, sin = torch.cos(angle) * (1 + scale), torch.sin(angle) * (1 + scale)
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
@@ -468,10 +451,10 @@ def build(config: Config) -> NoProp:
 
 @contextmanager
 def workers(device: torch.device, threads: int) -> Iterator[Callable]:
-    """A map() over independent jobs; on a CPU it runs as many at once as there are threads, each on one of them.
+    """A map() over independent jobs: on a CPU, as many at once as there are threads, each on one thread.
 
-    Blocks are small and independent: a core for each block beats all cores on one block after another. A block's
-    result is the same bit for bit however many threads there are. An accelerator takes the jobs in order.
+    Blocks are small and independent: a core for each block beats all cores on one block after another, and a
+    block's result is the same bit for bit however many threads there are. Accelerators take jobs in order.
     """
     if device.type != "cpu":
         yield map
@@ -486,7 +469,7 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
 
 
 class Training:
-    """All that changes while training: weights and their average, optimizers, position, history, selection."""
+    """All that changes while training: weights, their average, optimizers, position, history, selection."""
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
@@ -509,12 +492,14 @@ class Training:
         self.selected, self.selected_epoch = self.averaged.state_dict(), 0
 
     def update(self, name: str, lr: float) -> Tensor:
-        """Clip the gradient of one part, by itself, step, and move its average; returns the gradient's norm."""
+        """Clip one part's gradient by itself, step, move its average; returns the gradient's norm."""
         optimizer = self.optimizers[name]
         norm = nn.utils.clip_grad_norm_(self.parts[name].parameters(), self.config.grad_clip)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
+        if name == "label_embedding":
+            self.model.label_embedding.weight.data.renorm_(2, 0, self.config.max_norm_embed)  # each row
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # young weights count for less
         averaged, current = self.tensors[name]
         torch._foreach_lerp_(averaged, current, 1 - decay)
@@ -523,8 +508,8 @@ class Training:
     def record(self, record: dict[str, Any], val_images: int) -> None:
         """Append an epoch to the history, and select its weights by the one-standard-error rule.
 
-        Of all epochs within one standard error of the best validation accuracy, which the validation split can't
-        tell apart, the last is selected: it has averaged more weights at a lower learning rate.
+        Of the epochs within one standard error of the best validation accuracy, which that split can't tell
+        apart, the last is selected: it has averaged more weights at a lower learning rate.
         """
         self.history.append(record)
         best = max(record["val_accuracy"] for record in self.history)
@@ -555,7 +540,7 @@ def learning_rate(progress: float, config: Config) -> float:
 
 
 def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Tensor, lr: float):
-    """One step of block t, alone: its losses, its gradient norms, and the gradient of its loss by u (B, D)."""
+    """One step of block t, alone: its losses, its gradient norms, the gradient of its loss by u (B, D)."""
     config, model = training.config, training.model
     u = u.detach().requires_grad_()  # the gradient for the shared embedding ends here, and is handed over
     noise = torch.randn(u.shape, generator=generator(config.seed, "noise", t, training.step)).to(u.device)
@@ -573,16 +558,13 @@ def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Ten
 def train_step(
     training: Training, image: Tensor, label: Tensor, lr: float, parallel: Callable = map
 ) -> Tensor:
-    """A step of every block, each alone; returns T + 1 losses and then T + 2 gradient norms, on the device."""
-    config, embedding = training.config, training.model.label_embedding
-    u = embedding(label)  # (B, D)
-    blocks = range(1, config.num_blocks + 1)
+    """A step of every block, each alone; returns T + 1 losses, then T + 2 gradient norms, on the device."""
+    u = training.model.label_embedding(label)  # (B, D)
+    blocks = range(1, training.config.num_blocks + 1)
     steps = parallel(lambda t: train_block(training, t, image, u, label, lr), blocks)
     losses, norms, gradients = zip(*steps, strict=True)
     u.backward(sum(gradients))  # all that the blocks share
     norm = training.update("label_embedding", lr)
-    with torch.no_grad():
-        embedding.weight.copy_(torch.renorm(embedding.weight, 2, 0, config.max_norm_embed))  # each row
     training.step += 1
     return torch.stack([*sum(losses, []), *sum(norms, []), norm])
 
@@ -592,8 +574,8 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Train all blocks; yields one record an epoch. Whoever stops asking has stopped early.
 
-    after_step is called after every step, and may raise to stop there. Raises NotFinite, and Failure where
-    a batch is larger than the training split.
+    after_step is called after every step, and may raise to stop there. Raises FloatingPointError for a loss
+    or gradient that is not finite, Failure where a batch is larger than the training split.
     """
     config, (images, labels) = training.config, data.train
     steps = len(labels) // config.batch_size
@@ -631,7 +613,7 @@ def train(
 
 
 def check_finite(log: list[Tensor], training: Training) -> None:
-    """Raise NotFinite that names the first loss or gradient norm of the last step that is not finite."""
+    """Raise FloatingPointError, naming the first loss or gradient norm of the log that is not finite."""
     if log[-1].isfinite().all():
         return
     row, column = (~torch.stack(log).isfinite()).nonzero()[0].tolist()
@@ -640,9 +622,9 @@ def check_finite(log: list[Tensor], training: Training) -> None:
         "the classifier",
         "the embedding",
     ]
-    names = [f"loss of {part}" for part in parts[:-1]] + [f"gradient norm of {part}" for part in parts]
+    name = ([f"loss of {x}" for x in parts[:-1]] + [f"gradient norm of {x}" for x in parts])[column]
     step = training.step - len(log) + row + 1
-    raise NotFinite(f"{names[column]} is {log[row][column].item()} in step {step}: try a lower --lr", 3)
+    raise FloatingPointError(f"{name} is {log[row][column].item()} in step {step}: try a lower --lr")
 
 
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, list[float]]:
@@ -653,8 +635,8 @@ def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = m
         images = to_float(split.images[start : start + 500])
         return model(images, config.temperature, generator(config.seed, "inference", start))
 
-    predictions = torch.cat(list(parallel(logits, range(0, len(split.labels), 500))))  # (N, T, classes)
-    label = split.labels[:, None].expand(predictions.shape[:2])
+    predictions = torch.cat(list(parallel(logits, range(0, len(split.labels), 500)))).cpu()  # (N, T, classes)
+    label = split.labels.cpu()[:, None].expand(predictions.shape[:2])
     loss = F.cross_entropy(predictions.flatten(0, 1), label.flatten(), reduction="none").view(label.shape)
     correct = (predictions.argmax(-1) == label).double()
     return {"accuracy": (100 * correct.mean(0)).tolist(), "loss": loss.mean(0).tolist()}
@@ -699,17 +681,20 @@ def save_checkpoint(path: Path, training: Training) -> None:
     """Write config, selected weights, and the state of the training. Raises Failure (1)."""
     content = {"format": FORMAT, "config": training.config.saved()}
     content |= {"model": training.selected, "training": training.state_dict()}
-    file = io.BytesIO()
-    torch.save(content | {"checksum": checksum(content)}, file)
+    torch.save(content | {"checksum": checksum(content)}, file := io.BytesIO())
     write_file(path, file.getvalue())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Contents of a checkpoint; raises Failure for a file that is none or is damaged."""
     try:
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror}") from error
+    try:
+        whole = is_zipfile(file)  # anything else would go to a loader of old formats
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True) if whole else None
     except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"{path} is not a checkpoint of this script, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -722,7 +707,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
     """The trained network of a checkpoint, ready for predict(images); its config is an attribute.
 
-    Raises Failure if the file is no checkpoint of this script, is damaged, or its weights do not fit its config.
+    Raises Failure for a file that is no checkpoint, is damaged, or whose weights don't fit its config.
     """
     content = read_checkpoint(Path(path))
     try:
@@ -736,12 +721,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
     return model.eval().to(device)
 
 
-def save_figure(figure, path: Path) -> None:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    write_file(path, file.getvalue())
-
-
 def draw_progress(path: Path, summary: dict[str, Any]) -> None:
     """Losses, accuracies and learning rate by epoch; accuracy after each block."""
     from matplotlib.figure import Figure
@@ -751,31 +730,33 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
     (losses, blocks), (accuracies, rates) = figure.subplots(2, 2)
     history, by_blocks = summary["history"], summary["test_accuracy_by_blocks"]
 
-    def line(axes, x, y, color: str, marker: str, label: str, last: bool = False) -> None:
+    def line(axes, x, y, color: str, marker: str, label: str) -> None:
         axes.plot(x, y, color=color, marker=marker, markersize=4, label=label)
-        if last and y:
-            axes.annotate(f"{y[-1]:.2f} %", (x[-1], y[-1]), (0, -16), textcoords="offset points", ha="right")
 
-    def by_epoch(axes, name: str, *style) -> None:
-        values = [float(np.mean(record[name])) for record in history]
-        line(axes, [record["epoch"] for record in history], values, *style)
-
-    by_epoch(losses, "block_losses", blue, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)")
-    by_epoch(losses, "classifier_loss", orange, "s", "classifier: cross-entropy")
+    epochs = [record["epoch"] for record in history]
+    for axes, name, *style in (
+        (losses, "block_losses", blue, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)"),
+        (losses, "classifier_loss", orange, "s", "classifier: cross-entropy"),
+        (accuracies, "val_accuracy", blue, "o", "validation"),
+        (accuracies, "test_accuracy", orange, "s", "test (decides nothing)"),
+        (rates, "lr", green, "o", "at the end of the epoch"),
+    ):
+        line(axes, epochs, [float(np.mean(record[name])) for record in history], *style)
+    line(blocks, range(1, len(by_blocks) + 1), by_blocks, orange, "s", "test, selected weights")
+    for axes in (accuracies, blocks):
+        *_, (x, y) = axes.lines[-1].get_xydata() if history else [(1, by_blocks[0])]
+        axes.annotate(f"{y:.2f} %", (x, y), (0, -16), textcoords="offset points", ha="right")
     losses.set(title="Training losses", xlabel="epoch", ylabel="loss", yscale="log")
-    by_epoch(accuracies, "val_accuracy", blue, "o", "validation")
-    by_epoch(accuracies, "test_accuracy", orange, "s", "test (decides nothing)", True)
     accuracies.set(title="Accuracy of the averaged weights", xlabel="epoch", ylabel="%")
-    by_epoch(rates, "lr", green, "o", "at the end of the epoch")
     rates.set(title="Learning rate", xlabel="epoch")
-    line(blocks, range(1, len(by_blocks) + 1), by_blocks, orange, "s", "test, selected weights", True)
     blocks.set(title="What the blocks add: accuracy of the chain cut after block k", xlabel="k", ylabel="%")
     for axes in (losses, blocks, accuracies, rates):
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-    save_figure(figure, path)
+    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
+    write_file(path, file.getvalue())
 
 
 @torch.inference_mode()
@@ -796,16 +777,19 @@ def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
     distance = (z - level.sqrt() * u).square().sum(-1)  # (12, T+1, classes)
     probabilities = (-distance / (2 * (1 - level[:, :, 0]))).softmax(-1).cpu()
     figure = Figure(figsize=(11, 6.8), layout="constrained")
-    figure.suptitle("Class probabilities in z_t, from noise (t = 0) to the answer (t = T); hard digits below")
+    figure.suptitle(
+        "Class probabilities in z_t, from noise (t = 0) to the answer (t = T); below, hard digits"
+    )
     axes = figure.subplots(4, 6, height_ratios=(1, 1.2, 1, 1.2))
     for i, (digit, chart) in enumerate(zip(axes[::2].flat, axes[1::2].flat, strict=True)):
         answer, label = int(probabilities[i, -1].argmax()), int(truth[chosen[i]])
-        digit.imshow(image[i, 0].cpu(), cmap="gray")
+        digit.imshow(image[i, 0].cpu().numpy(), cmap="gray")
         digit.set_axis_off()
         digit.set_title(f"{answer}" if answer == label else f"{answer} (labelled {label})", fontsize=10)
-        chart.imshow(probabilities[i].T, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        chart.imshow(probabilities[i].T.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         chart.set(xlabel="t", ylabel="class", yticks=range(0, len(u), 3))
-    save_figure(figure, path)
+    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
+    write_file(path, file.getvalue())
 
 
 # --- Using a network ---------------------------------------------------------------------------------------
@@ -814,8 +798,8 @@ def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
 def read_picture(path: Path) -> Tensor:
     """A PNG or JPEG as MNIST would have it, uint8 (28, 28): light on dark, 20 pixels large, centred by mass.
 
-    Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure for
-    a file that can't be read and for an empty picture.
+    Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure
+    for a file that can't be read and for an empty picture.
     """
     from PIL import Image, ImageOps
 
@@ -862,9 +846,8 @@ def evaluate_checkpoint(config: Config, device: torch.device) -> None:
 # --- Runs --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def stop_between_steps() -> Iterator[Callable[[], None]]:
-    """A check() that raises Stopped once Ctrl-C or SIGTERM has come; the second such signal leaves at once."""
+def catch_signals() -> Callable[[], None]:
+    """A check() that raises KeyboardInterrupt after Ctrl-C or SIGTERM; the second of them leaves at once."""
     received: list[int] = []
 
     def note(number: int, _frame) -> None:
@@ -874,14 +857,11 @@ def stop_between_steps() -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if received:
-            raise Stopped(f"stopped by {signal.Signals(received[0]).name}", 128 + received[0])
+            raise KeyboardInterrupt(received[0])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return check
 
 
 def pick_device(name: str) -> torch.device:
@@ -932,14 +912,6 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
     }
 
 
-def print_epoch(record: dict[str, Any], epochs: int) -> None:
-    tqdm.write(
-        f"epoch {record['epoch']:>3}/{epochs}  loss: blocks {np.mean(record['block_losses']):.4f}, classifier "
-        f"{record['classifier_loss']:.4f}  validation {record['val_accuracy']:.2f} %, test "
-        f"{record['test_accuracy']:.2f} %  lr {record['lr']:.6f}  {record['seconds']:.0f} s"
-    )
-
-
 def matmul_peak(device: str, size: int = 1024) -> float:
     """GFLOP/s of float32 matrix products, the best of twenty."""
     a, seconds = torch.rand(size, size, device=device), []
@@ -955,7 +927,10 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     for name, text in (
         ("Test accuracy", f"{accuracy:.2f} ± {standard_error(accuracy, 10_000):.2f} % (± for 10,000 images)"),
         ("Weights", f"epoch {summary['selected_epoch']}, chosen on validation images"),
-        ("Best test epoch", f"{summary['best_test_accuracy']:.2f} % (chosen on the test set, as the original did)"),
+        (
+            "Best test epoch",
+            f"{summary['best_test_accuracy']:.2f} % (chosen on the test set, as the original did)",
+        ),
         ("After block 1 …", " ".join(f"{x:.2f}" for x in by_blocks) + " % (chain cut there)"),
         ("Time", f"{summary['seconds']:.0f} s of training, {summary['seconds_total']:.0f} s in all"),
         ("Machine", f"{summary['device']}, float32 matmul peak {matmul_peak(summary['device']):.0f} GFLOP/s"),
@@ -967,26 +942,28 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 
 def run(config: Config, device: torch.device) -> int:
     """Train, evaluate, write all files; returns the exit code."""
-    started, folder, code = time.perf_counter(), config.output_dir, 0
+    started, folder, code, check = time.perf_counter(), config.output_dir, 0, catch_signals()
     data = load_mnist(config.data_root, device, config.train_images)
     prepare_output(folder)
     training = Training(config, device)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     images, steps = len(data.train.labels), config.epochs * (len(data.train.labels) // config.batch_size)
     print(f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} parameters; {images:,} images")
-    with (
-        stop_between_steps() as check,
-        workers(device, config.threads) as parallel,
-        tqdm(total=steps, disable=None, unit="step", leave=False) as bar,
-    ):
+    bar = tqdm(total=steps, disable=None, unit="step", leave=False)
+    with workers(device, config.threads) as parallel, bar:
         try:
             for record in train(training, data, parallel, lambda: (bar.update(), check())):
-                print_epoch(record, config.epochs)
+                bar.write(
+                    f"epoch {record['epoch']:>3}/{config.epochs}  loss of blocks "
+                    f"{np.mean(record['block_losses']):.4f}, classifier {record['classifier_loss']:.4f}  "
+                    f"validation {record['val_accuracy']:.2f} %, test {record['test_accuracy']:.2f} %  "
+                    f"lr {record['lr']:.6f}  {record['seconds']:.0f} s"
+                )
                 save_checkpoint(folder / "noprop_hybrid.pt", training)
                 check()
-        except Stopped as stopped:
-            code = stopped.code
-            tqdm.write(f"{stopped} in step {training.step} of {steps}: saving what there is")
+        except KeyboardInterrupt as interrupt:
+            code = 128 + interrupt.args[0]
+            bar.write(f"Stopped in step {training.step} of {steps}; saving what there is.")
             save_checkpoint(folder / "noprop_hybrid.pt", training)
         summary = summarize(training, data, parallel)
     draw_denoising(folder / "denoising.png", load(folder / "noprop_hybrid.pt", device), data.test)
@@ -1015,32 +992,30 @@ def search(config: Config, device: torch.device) -> Config:
     """The best config, by validation accuracy, of a study in noprop_hpo.db; a study begun earlier goes on."""
     import optuna
 
-    data = load_mnist(config.data_root, device, config.train_images)
+    data, check = load_mnist(config.data_root, device, config.train_images), catch_signals()
     prepare_output(config.output_dir)
-    storage = f"sqlite:///{config.output_dir / 'noprop_hpo.db'}"
-    sampler, pruner = optuna.samplers.TPESampler(seed=config.seed), optuna.pruners.MedianPruner()
     study = optuna.create_study(
-        storage=storage,
+        storage=f"sqlite:///{config.output_dir / 'noprop_hpo.db'}",
         study_name="noprop",
         load_if_exists=True,
         direction="maximize",
-        sampler=sampler,
-        pruner=pruner,
+        sampler=optuna.samplers.TPESampler(seed=config.seed),
+        pruner=optuna.pruners.MedianPruner(),
     )
+
+    def objective(trial) -> float:
+        trial_config = dataclasses.replace(config, epochs=config.hpo_epochs, **suggest(trial))
+        for record in train(Training(trial_config, device), data, parallel, check):
+            trial.report(record["val_accuracy"], record["epoch"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return record["val_accuracy"]
+
     missing = config.hpo_trials - sum(trial.state.is_finished() for trial in study.trials)
-    with stop_between_steps() as check, workers(device, config.threads) as parallel:
-
-        def objective(trial) -> float:
-            trial_config = dataclasses.replace(config, epochs=config.hpo_epochs, **suggest(trial))
-            for record in train(Training(trial_config, device), data, parallel, check):
-                trial.report(record["val_accuracy"], record["epoch"])
-                if trial.should_prune():
-                    raise optuna.TrialPruned
-            return record["val_accuracy"]
-
+    with workers(device, config.threads) as parallel:
         study.optimize(
-            objective, n_trials=max(missing, 0), catch=NotFinite
-        )  # a failed trial; the study goes on
+            objective, max(missing, 0), catch=FloatingPointError
+        )  # one that diverges is a failed trial
     if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         raise Failure("no trial of the search came to its end: look at the search space in suggest()", 3)
     best = study.best_trial
@@ -1061,7 +1036,7 @@ def read_config(arguments: list[str] | None = None) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0; 1 for what the machine lacks, 2 wrong input, 3 a loss not finite, 130 or 143 a signal."""
+    """The exit code: 0; 1: the machine lacks something; 2: bad input; 3: not finite; 130, 143: signals."""
     try:
         config = read_config(arguments)
         device = pick_device(config.device)
@@ -1069,9 +1044,11 @@ def main(arguments: list[str] | None = None) -> int:
             classify(config, device) if config.predict else evaluate_checkpoint(config, device)
             return 0
         return run(search(config, device) if config.run_hpo else config, device)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.code
+    except (Failure, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", 3)
+    except KeyboardInterrupt as interrupt:
+        return 128 + (interrupt.args or [signal.SIGINT])[0]
     except (MemoryError, torch.OutOfMemoryError):
         print("error: out of memory: try a smaller --batch-size", file=sys.stderr)
         return 1

@@ -1,0 +1,56 @@
+"""What the tests share: the script as a module, real MNIST in small slices, and a small trained network."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import noprop_example as noprop  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
+
+
+@pytest.fixture(scope="session")
+def data() -> noprop.Data:
+    return noprop.load_mnist(ROOT / "data", CPU)
+
+
+@pytest.fixture(scope="session")
+def small_data(data) -> noprop.Data:
+    """512 training, 500 validation and 500 test images."""
+    return noprop.Data(
+        *(noprop.Split(x.images[:n], x.labels[:n]) for x, n in zip(data, (512, 500, 500), strict=True))
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The output folder of one epoch of the main command, default blocks, all images."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert noprop.main(["--epochs", "1", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    """The command line of a run of seconds that writes into tmp_path."""
+    names = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    return [*names, f"--output-dir={tmp_path}"]
+
+
+def train_tiny(data: noprop.Data, threads: int = 1, **changes) -> noprop.Training:
+    training = noprop.Training(noprop.Config(**TINY | changes), CPU)
+    with noprop.workers(CPU, threads) as parallel:
+        for _ in noprop.train(training, data, parallel):
+            pass
+    return training
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,120 @@
+"""Blocks are trained alone: no gradient, no clip, no random number and no thread connects them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CPU, TINY, noprop, same, train_tiny
+
+
+@pytest.fixture
+def training():
+    return noprop.Training(noprop.Config(**TINY), CPU)
+
+
+@pytest.fixture
+def batch(data):
+    return noprop.to_float(data.train.images[:128]), data.train.labels[:128]
+
+
+def gradients(module):
+    return [p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_a_block_sends_gradient_to_itself_alone(training, batch, t):
+    (image, label), model, lr = batch, training.model, 1e-3
+    before = copy.deepcopy(model.state_dict())
+    training.optimizers = {name: Recorder(part) for name, part in training.parts.items()}
+    noprop.train_block(training, t, image, model.label_embedding(label), label, lr)
+    stepped = {name for name, recorder in training.optimizers.items() if recorder.stepped}
+    assert stepped == {f"blocks.{t - 1}"} | ({"classifier"} if t == 3 else set())
+    for name, part in training.parts.items():
+        for gradient in gradients(part):
+            assert (gradient is not None) == (name in stepped), name
+    after = model.state_dict()
+    learned = {name for name in before if not torch.equal(before[name], after[name])}
+    assert learned and all(
+        name.startswith(f"blocks.{t - 1}.") for name in learned
+    )  # batch-norm statistics only
+
+
+class Recorder:
+    """Stands for an optimizer: notes that it was asked to step, leaves weights and gradients as they are."""
+
+    def __init__(self, part):
+        self.part, self.stepped, self.param_groups = part, False, [{}]
+
+    def step(self):
+        self.stepped = all(p.grad is not None for p in self.part.parameters())
+
+    def zero_grad(self):
+        pass
+
+
+@pytest.mark.parametrize("t", [1, 3])
+def test_a_step_of_a_block_leaves_the_others_bit_equal(training, batch, t):
+    (image, label), model = batch, training.model
+    before = copy.deepcopy(model.state_dict())
+    noprop.train_block(training, t, image, model.label_embedding(label), label, 1e-3)
+    changed = {
+        name.rsplit(".", 1)[0] for name, x in model.state_dict().items() if not torch.equal(x, before[name])
+    }
+    own = (f"blocks.{t - 1}.",) + (("classifier",) if t == 3 else ())
+    assert changed and all(name.startswith(own) for name in changed)
+
+
+def test_a_block_alone_equals_the_block_beside_others(training, batch):
+    (image, label), alone = batch, noprop.Training(noprop.Config(**TINY), CPU)
+    noprop.train_step(training, image, label, 1e-3)
+    noprop.train_block(alone, 2, image, alone.model.label_embedding(label), label, 1e-3)
+    assert same(training.model.blocks[1].state_dict(), alone.model.blocks[1].state_dict())
+    assert same(training.averaged.blocks[1].state_dict(), alone.averaged.blocks[1].state_dict())
+
+
+def test_the_number_of_threads_changes_no_bit(small_data):
+    one, three = (train_tiny(small_data, threads) for threads in (1, 3))
+    assert same(one.averaged.state_dict(), three.averaged.state_dict())
+
+
+def test_a_large_gradient_of_one_block_does_not_shrink_the_step_of_another(batch):
+    """The clip is per block: block 1's loss times a million leaves block 2 as it was."""
+    (image, label), results = batch, []
+    for factor in (1, 1e6):
+        training = noprop.Training(noprop.Config(**TINY), CPU)
+        next(training.model.blocks[0].parameters()).register_hook(
+            lambda gradient, factor=factor: gradient * factor
+        )
+        noprop.train_step(training, image, label, 1e-3)
+        results.append(training.model.blocks[1].state_dict())
+    assert same(*results)
+
+
+def test_embedding_learns_from_each_of_its_three_paths(training, batch):
+    """Through z_{t-1}, through the target u_y, and through the classifier's loss."""
+    (image, label), model = batch, training.model
+    level, block = model.alpha_bar[2].item(), model.blocks[2]
+    u, noise = model.label_embedding(label), torch.randn(128, 20)
+    cut = u.detach()
+
+    def reaches(loss):
+        return torch.autograd.grad(loss, model.label_embedding.weight, retain_graph=True)[0].abs().sum() > 0
+
+    eps_hat = block(image, noprop.noisy_label(u, noise, level), level)
+    assert reaches((eps_hat - noise).square().mean())
+    u_hat = noprop.clean_label(noprop.noisy_label(cut, noise, level), block(image, cut, level), level)
+    assert reaches((u_hat.detach() - u).square().mean())
+    _, u_hat = noprop.block_loss(block, image, u, noise, level, 2.0, 1.0)
+    assert reaches(torch.nn.functional.cross_entropy(model.classifier(u_hat), label))
+    *_, handed_over = noprop.train_block(training, 1, image, u, label, 1e-3)
+    assert handed_over.shape == u.shape and handed_over.abs().sum() > 0
+
+
+def test_embedding_changes_and_its_norm_is_clipped(small_data):
+    start = noprop.build(noprop.Config(**TINY)).label_embedding.weight
+    torch.testing.assert_close(start @ start.T, torch.eye(10))
+    free, clipped = (
+        train_tiny(small_data, max_norm_embed=x).model.label_embedding.weight for x in (50.0, 0.5)
+    )
+    assert not torch.equal(free, start) and (free.norm(dim=1) > 0.6).all()
+    assert (clipped.norm(dim=1) <= 0.5 + 1e-6).all()

@@ -1,0 +1,91 @@
+"""The schedule, the reverse step, the loss: identities and an oracle."""
+
+import pytest
+import torch
+from conftest import noprop
+from torch import nn
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 10, 100])
+def test_schedule_and_coefficients(num_blocks):
+    alpha_bar = noprop.cosine_schedule(num_blocks)
+    assert alpha_bar.shape == (num_blocks + 1,)
+    assert (alpha_bar[0].item(), alpha_bar[-1].item()) == (1e-3, 0.999)
+    rises = alpha_bar.diff()
+    assert (rises >= 0).all() and (num_blocks > 50 or (rises > 0).all())
+    a, b, c = noprop.reverse_coefficients(alpha_bar)
+    for coefficient in (a, b, c):
+        assert coefficient.isfinite().all() and (coefficient >= 0).all()
+    before, after = alpha_bar[:-1], alpha_bar[1:]
+    torch.testing.assert_close(a + b * before.sqrt(), after.sqrt())
+    torch.testing.assert_close(b**2 * (1 - before) + c, 1 - after)
+
+
+def test_schedule_values():
+    expected = [0.001, 0.024, 0.094, 0.203, 0.341, 0.494, 0.647, 0.787, 0.899, 0.972, 0.999]
+    torch.testing.assert_close(noprop.cosine_schedule(10), torch.tensor(expected).double(), atol=6e-4, rtol=0)
+
+
+def test_ddpm_form_equals_u_hat_form():
+    """a û + b z is DDPM's (z_{t-1} - (1-α)/√(1-ᾱ_{t-1}) ε̂) / √α with its time reversed, α = ᾱ_{t-1}/ᾱ_t."""
+    alpha_bar = noprop.cosine_schedule(10)
+    a, b, _ = noprop.reverse_coefficients(alpha_bar)
+    z, eps_hat = torch.randn(2, 10, 20, dtype=torch.float64)
+    for t in range(1, 11):
+        level = alpha_bar[t - 1].item()
+        u_hat = noprop.clean_label(z[t - 1], eps_hat[t - 1], level)
+        alpha = level / alpha_bar[t].item()
+        ddpm = (z[t - 1] - (1 - alpha) / (1 - level) ** 0.5 * eps_hat[t - 1]) / alpha**0.5
+        torch.testing.assert_close(a[t - 1] * u_hat + b[t - 1] * z[t - 1], ddpm)
+
+
+@pytest.mark.parametrize("target", ["label", "noise"])
+def test_hybrid_loss_is_a_constant_times_the_noise_error(target):
+    block = noprop.DenoisingBlockPaper(target=target).double()
+    image, u, noise = (
+        torch.rand(8, 1, 28, 28).double(),
+        torch.randn(8, 20).double(),
+        torch.randn(8, 20).double(),
+    )
+    for level in noprop.cosine_schedule(10)[:-1].tolist():
+        loss, u_hat = noprop.block_loss(block, image, u, noise, level, eta=2.0, lam=1.0)
+        z = noprop.noisy_label(u, noise, level)
+        error = nn.functional.mse_loss(block(image, z, level), noise)
+        torch.testing.assert_close(loss, (2.0 + 1.0 * (1 - level) / level) * error)
+        torch.testing.assert_close(noprop.noisy_label(u_hat, block(image, z, level), level), z)
+
+
+class Oracle(nn.Module):
+    """A block that knows the label: its "image" is u itself, and its answer is the true noise."""
+
+    def forward(self, u, z, level):
+        return (z - level**0.5 * u) / (1 - level) ** 0.5
+
+
+def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
+    embedding = nn.init.orthogonal_(torch.empty(10, 20))
+    label = torch.arange(10).repeat(20_000)
+    u, noise = embedding[label].double(), torch.Generator().manual_seed(0)
+    z = torch.randn(u.shape, generator=noise, dtype=torch.float64)
+    alpha_bar = noprop.cosine_schedule(10)
+    steps = noprop.reverse_process([Oracle()] * 10, u, z, alpha_bar, 1.0, noise)
+    for level, (u_hat, z) in zip(alpha_bar[1:].tolist(), steps, strict=True):  # noqa: B020
+        residual = (z - level**0.5 * u) / (1 - level) ** 0.5  # N(0, I) if z is from q(z_t | y)
+        assert abs(residual.mean().item()) < 3e-3
+        assert abs(residual.var().item() - 1) < 3e-3
+        torch.testing.assert_close(u_hat, u)
+    assert torch.equal((z @ embedding.double().T).argmax(1), label)
+
+
+def test_blocks_have_the_stated_sizes():
+    sizes = {name: noprop.DenoisingBlockPaper(**arguments) for name, arguments in noprop.BLOCKS.items()}
+    sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in sizes.items()}
+    assert sizes == pytest.approx({"small": 51_000, "large": 51_000, "reference": 628_000}, rel=0.01)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 60])
+def test_any_number_of_blocks(num_blocks, data):
+    model = noprop.NoProp(num_blocks).eval()
+    probabilities = model.probabilities(data.test.images[:5])
+    assert probabilities.shape == (5, num_blocks, 10) and probabilities.isfinite().all()
+    assert torch.equal(model.predict(data.test.images[:5]), probabilities[:, -1].argmax(-1))

@@ -1,0 +1,99 @@
+"""It learns, repeats itself exactly, chooses on validation images, and no label leaks into an answer."""
+
+import pytest
+import torch
+from conftest import CPU, TINY, noprop, same, train_tiny
+
+
+def test_learns_mnist_in_one_epoch(trained, data):
+    model = noprop.load(trained / "noprop_hybrid.pt")
+    accuracy = (model.predict(data.test.images) == data.test.labels).float().mean().item()
+    assert accuracy >= 0.97
+    accuracy_float = (model.predict(data.test.images[:, 0] / 255) == data.test.labels).float().mean().item()
+    assert accuracy_float == accuracy
+
+
+def test_same_seed_same_bits_other_seed_other_bits(small_data):
+    first, again, other = (train_tiny(small_data, seed=seed) for seed in (0, 0, 1))
+    assert same(first.averaged.state_dict(), again.averaged.state_dict())
+    assert same(first.model.state_dict(), again.model.state_dict())
+    assert not same(first.averaged.state_dict(), other.averaged.state_dict())
+
+
+def test_splits_are_disjoint_and_fixed(data):
+    train = noprop.read_mnist_file(noprop.Config().data_root / "MNIST/raw", "train-images-idx3-ubyte")
+    test = noprop.read_mnist_file(noprop.Config().data_root / "MNIST/raw", "t10k-images-idx3-ubyte")
+    assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
+    pictures = [x.numpy().tobytes() for x in torch.cat([data.train.images, data.val.images])]
+    assert sorted(pictures) == sorted(train[16 + 784 * i : 800 + 784 * i] for i in range(60_000))
+    assert not set(pictures[:55_000]) & set(pictures[55_000:])
+    assert data.test.images.numpy().tobytes() == test[16:]
+    assert data.val.labels[:10].tolist() == [9, 5, 6, 8, 6, 7, 3, 3, 1, 6]
+
+
+def test_labels_do_not_enter_the_answer(trained, data):
+    """Given wrong labels, evaluate() finds the accuracy low, and just that of predict(), which takes none."""
+    model, images = noprop.load(trained / "noprop_hybrid.pt"), data.test.images[:1000]
+    wrong = (data.test.labels[:1000] + 1) % 10
+    accuracy = noprop.evaluate(model, noprop.Split(images, wrong), model.config)["accuracy"][-1]
+    assert accuracy == pytest.approx(100 * (model.predict(images) == wrong).double().mean().item())
+    assert accuracy < 5
+
+
+def test_shuffled_labels_leave_the_test_at_chance(data):
+    shuffled = data.train.labels[torch.randperm(55_000, generator=noprop.generator("shuffle"))]
+    train = noprop.Split(data.train.images[:10_000], shuffled[:10_000])
+    training = train_tiny(noprop.Data(train, *data[1:]), 2, epochs=2, num_blocks=2, train_images=None)
+    assert training.history[-1]["test_accuracy"] < 20
+
+
+def test_the_test_set_decides_nothing(small_data):
+    poisoned = small_data._replace(
+        test=noprop.Split(255 - small_data.test.images, small_data.test.labels.flip(0))
+    )
+    one, other = (train_tiny(x, epochs=3, batch_size=32) for x in (small_data, poisoned))
+    assert one.history[-1]["test_accuracy"] != other.history[-1]["test_accuracy"]
+    assert one.selected_epoch == other.selected_epoch and same(one.selected, other.selected)
+
+
+def test_selection_takes_the_last_epoch_within_one_standard_error_and_patience_ends_the_run(small_data):
+    training = noprop.Training(noprop.Config(**TINY | {"patience": 3}), CPU)
+    chosen = []  # one standard error is 0.1 points at 99.5 %
+    for epoch, accuracy in enumerate([90.0, 99.5, 99.41, 99.45, 98.0, 99.3], start=1):
+        training.record({"epoch": epoch, "val_accuracy": accuracy}, 5000)
+        chosen.append((training.selected_epoch, training.out_of_patience()))
+    assert chosen == [(1, False), (2, False), (3, False), (4, False), (4, True), (4, True)]
+    constant = noprop.Training(noprop.Config(**TINY | {"patience": 2, "epochs": 9}), CPU)
+    constant.record = lambda record, _: constant.history.append(record | {"val_accuracy": 50.0})
+    assert len(list(noprop.train(constant, small_data))) == 3
+
+
+def test_a_poisoned_batch_stops_the_run_and_is_named(small_data):
+    images = small_data.train.images.float() / 255
+    images[77] = float("nan")
+    training = noprop.Training(noprop.Config(**TINY | {"augment": False}), CPU)
+    with pytest.raises(FloatingPointError, match=r"loss of block 1 is nan in step [1-4]:"):
+        list(noprop.train(training, small_data._replace(train=noprop.Split(images, small_data.train.labels))))
+
+
+def test_a_poisoned_block_is_named(small_data):
+    training = noprop.Training(noprop.Config(**TINY), CPU)
+    training.model.blocks[1].head[0].bias.data[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"loss of block 2 is (nan|inf) in step 1:"):
+        list(noprop.train(training, small_data))
+
+
+def test_temperature_one_samples_and_repeats_itself(trained, data):
+    model, images = noprop.load(trained / "noprop_hybrid.pt"), noprop.to_float(data.test.images[:200])
+    with torch.inference_mode():
+        first, again, other = (model(images, 1.0, noprop.generator("draw", i)) for i in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_reference_preset_starts_and_learns(data):
+    preset = noprop.PRESETS["reference"] | {"epochs": 1, "num_blocks": 3, "lr": 0.003, "batch_size": 64}
+    small = noprop.Data(*(noprop.Split(x.images[:6400], x.labels[:6400]) for x in data))
+    training = noprop.Training(noprop.Config(**preset), CPU)
+    with noprop.workers(CPU, 2) as parallel:
+        (record,) = noprop.train(training, small, parallel)
+    assert record["val_accuracy"] > 60
