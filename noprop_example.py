@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
+#   "filelock>=3.16,<5",
 #   "torch>=2.7,<3",
 #   "torchvision>=0.22,<1",
 #   "matplotlib>=3.9,<4",
@@ -48,13 +49,14 @@ import io
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +66,7 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
@@ -143,7 +146,7 @@ class DenoisingBlockPaper(nn.Module):
         self,
         image_shape=(1, 28, 28),
         embed_dim=20,
-        convs=((16, 5, 2, 2, 2), (32, 3, 1, 0, 0), (64, 3, 1, 0, 2)),
+        convs=((16, 5, 2, 0, 2), (32, 3, 1, 0, 0), (64, 3, 1, 0, 0)),
         image_width=64,
         label_widths=(64,),
         head_widths=(64,),
@@ -172,10 +175,7 @@ class DenoisingBlockPaper(nn.Module):
 
 
 BLOCKS: dict[str, dict[str, Any]] = {  # arguments of DenoisingBlockPaper
-    # 51 k parameters, 0.39 M multiply-adds
-    "small": {},
-    # the same layers with the first pool a stage later: 51 k parameters, 1.06 M multiply-adds
-    "large": {"convs": ((16, 5, 2, 2, 0), (32, 3, 1, 0, 2), (64, 3, 1, 0, 2))},
+    "small": {},  # 51 k parameters, 0.23 M multiply-adds; blocks of five times as many were no better
     # the block of the description that this project started from: 628 k parameters, 8.0 M multiply-adds
     "reference": {
         "convs": ((32, 3, 1, 1, 2), (64, 3, 1, 1, 2), (128, 3, 1, 1, 3)),
@@ -312,12 +312,12 @@ class Config:
 
     preset: Literal["default", "reference"] = "default"  # settings to start from; flags win over them
     seed: int = 0  # decides weights, order, augmentation and noise
-    epochs: int = 8  # passes over the training split, each of which trains all blocks
+    epochs: int = 12  # passes over the training split, each of which trains all blocks
     batch_size: int = 256  # images a step; an incomplete last batch is left out
     train_images: int | None = None  # only the first N images of the training split, for quick tries
     num_blocks: int = 10  # T, blocks and noise levels
     embed_dim: int = 20  # D, dimension of the label embedding, at least the number of classes
-    block: Literal["small", "large", "reference"] = "small"  # widths of the blocks: BLOCKS in the script
+    block: Literal["small", "reference"] = "small"  # widths of the blocks: BLOCKS in the script
     target: Literal["label", "noise"] = "label"  # what a block's network computes: û, or ε̂ directly
     eta_loss_weight: float = 2.0  # η₁, weight of MSE(ε̂, ε)
     lambda_global: float = 1.0  # η₂, weight of MSE(û, u)
@@ -334,6 +334,8 @@ class Config:
     patience: int = 15  # stop after this many epochs without a better validation accuracy
     # What follows leaves the result as it is, and is not saved with it.
     output_dir: Path = Path(".")  # folder for all that is written
+    resume: bool = False  # go on from noprop_hybrid.pt in the output folder, exactly
+    checkpoint_minutes: float = 10.0  # save after so many minutes inside an epoch too
     data_root: Path = Path(__file__).resolve().parent / "data"  # folder that holds MNIST/raw/*.gz
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
@@ -347,8 +349,12 @@ class Config:
         """Raises ValueError for a value out of range."""
         for names, holds, rule in (
             ("epochs num_blocks patience threads hpo_trials hpo_epochs", lambda x: x >= 1, "at least 1"),
-            ("batch_size", lambda x: x >= 2, "at least 2, for batch norm"),
-            ("lr max_norm_embed grad_clip", lambda x: 0 < x < math.inf, "a positive number"),
+            ("batch_size", lambda x: 2 <= x <= 55_000, "at least 2, at most the 55,000 training images"),
+            (
+                "lr max_norm_embed grad_clip checkpoint_minutes",
+                lambda x: 0 < x < math.inf,
+                "a positive number",
+            ),
             ("eta_loss_weight lambda_global", lambda x: 0 <= x < math.inf, "0 or a positive number"),
             ("weight_decay embed_wd temperature", lambda x: 0 <= x < math.inf, "0 or a positive number"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
@@ -472,7 +478,7 @@ class Training:
     """All that changes while training: weights, their average, optimizers, position, history, selection."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.config = config
+        self.config, self.device = config, device
         self.model = build(config).to(device)
         self.averaged = copy.deepcopy(self.model).eval()
         self.parts, self.optimizers, self.tensors = {}, {}, {}  # by name
@@ -487,9 +493,10 @@ class Training:
                 [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
                 for module in (self.averaged.get_submodule(name), part)
             ]
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.selected_epoch = 0, 0.0, 0
+        self.log: list[Tensor] = []  # what train_step() returned in the steps of this epoch
         self.history: list[dict[str, Any]] = []
-        self.selected, self.selected_epoch = self.averaged.state_dict(), 0
+        self.selected = self.averaged.state_dict()
 
     def update(self, name: str, lr: float) -> Tensor:
         """Clip one part's gradient by itself, step, move its average; returns the gradient's norm."""
@@ -517,17 +524,28 @@ class Training:
             self.selected, self.selected_epoch = copy.deepcopy(self.averaged.state_dict()), record["epoch"]
 
     def out_of_patience(self) -> bool:
-        best = max(self.history, key=lambda record: record["val_accuracy"])
-        return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
+        best = max(self.history, key=lambda record: record["val_accuracy"], default={"epoch": 0})
+        return bool(self.history) and self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """What going on takes beside the config and the selected weights."""
-        names = ("step", "seconds", "history", "selected_epoch")
+        """What going on takes, beside the config and the selected weights."""
+        names = ("step", "seconds", "selected_epoch", "log", "history")
         return {name: getattr(self, name) for name in names} | {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
+
+    def load_state_dict(self, state: dict[str, Any], selected: dict[str, Tensor]) -> None:
+        """Go on where state_dict() was taken."""
+        for name in ("step", "seconds", "selected_epoch", "history"):
+            setattr(self, name, state[name])
+        self.log = [entry.to(self.device) for entry in state["log"]]
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.selected = selected if self.history else self.selected
 
 
 def learning_rate(progress: float, config: Config) -> float:
@@ -581,20 +599,25 @@ def train(
     steps = len(labels) // config.batch_size
     if not steps:
         raise Failure(f"--batch-size {config.batch_size} is more than the {len(labels)} training images")
-    for epoch in range(training.step // steps, config.epochs):
-        started, log = time.perf_counter(), []
-        order = torch.randperm(len(labels), generator=generator(config.seed, "order", epoch))
-        for batch in order[: steps * config.batch_size].to(labels.device).split(config.batch_size):
+    for epoch in range(len(training.history), config.epochs):
+        if training.out_of_patience():
+            return
+        order = torch.randperm(len(labels), generator=generator(config.seed, "order", epoch)).to(
+            labels.device
+        )
+        for batch in order.split(config.batch_size)[len(training.log) : steps]:
+            started = time.perf_counter()
             image = to_float(images[batch])
             if config.augment:
                 image = augment(image, generator(config.seed, "augment", training.step))
             lr = learning_rate(training.step / (steps * config.epochs), config)
-            log.append(train_step(training, image, labels[batch], lr, parallel))
-            if labels.device.type == "cpu" or len(log) == steps:  # elsewhere, to look is to wait
-                check_finite(log, training)
+            training.log.append(train_step(training, image, labels[batch], lr, parallel))
+            if labels.device.type == "cpu":  # elsewhere, to look at a value is to wait for it
+                check_finite(training)
+            training.seconds += time.perf_counter() - started
             after_step()
-        training.seconds += time.perf_counter() - started
-        losses = torch.stack(log).mean(0).tolist()
+        check_finite(training)
+        losses = torch.stack(training.log).mean(0).tolist()
         val, test = (evaluate(training.averaged, split, config, parallel) for split in data[1:])
         record = {
             "epoch": epoch + 1,
@@ -603,28 +626,26 @@ def train(
             "val_accuracy": val["accuracy"][-1],
             "val_loss": val["loss"][-1],
             "test_accuracy": test["accuracy"][-1],
-            "lr": lr,
+            "lr": training.optimizers["classifier"].param_groups[0]["lr"],
             "seconds": training.seconds,
         }
+        training.log = []
         training.record(record, len(data.val.labels))
         yield record
-        if training.out_of_patience():
-            return
 
 
-def check_finite(log: list[Tensor], training: Training) -> None:
-    """Raise FloatingPointError, naming the first loss or gradient norm of the log that is not finite."""
-    if log[-1].isfinite().all():
+def check_finite(training: Training) -> None:
+    """Raise FloatingPointError, naming the first loss or gradient norm of this epoch that is not finite."""
+    if not training.log or training.log[-1].isfinite().all():
         return
-    row, column = (~torch.stack(log).isfinite()).nonzero()[0].tolist()
-    parts = [
-        *(f"block {t + 1}" for t in range(training.config.num_blocks)),
+    row, column = (~torch.stack(training.log).isfinite()).nonzero()[0].tolist()
+    parts = [f"block {t + 1}" for t in range(training.config.num_blocks)] + [
         "the classifier",
         "the embedding",
     ]
-    name = ([f"loss of {x}" for x in parts[:-1]] + [f"gradient norm of {x}" for x in parts])[column]
-    step = training.step - len(log) + row + 1
-    raise FloatingPointError(f"{name} is {log[row][column].item()} in step {step}: try a lower --lr")
+    name = [*(f"loss of {x}" for x in parts[:-1]), *(f"gradient norm of {x}" for x in parts)][column]
+    value, step = training.log[row][column].item(), training.step - len(training.log) + row + 1
+    raise FloatingPointError(f"{name} is {value} in step {step}: try a lower --lr")
 
 
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, list[float]]:
@@ -662,7 +683,8 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise Failure(f"cannot write {path}: {error.strerror}", 1) from error
 
 
@@ -679,7 +701,8 @@ def checksum(value: Any) -> str:
 
 def save_checkpoint(path: Path, training: Training) -> None:
     """Write config, selected weights, and the state of the training. Raises Failure (1)."""
-    content = {"format": FORMAT, "config": training.config.saved()}
+    check_finite(training)
+    content = {"format": FORMAT, "config": training.config.saved(), "made_with": made_with(training.device)}
     content |= {"model": training.selected, "training": training.state_dict()}
     torch.save(content | {"checksum": checksum(content)}, file := io.BytesIO())
     write_file(path, file.getvalue())
@@ -874,17 +897,48 @@ def pick_device(name: str) -> torch.device:
         raise Failure(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
 
 
-def prepare_output(folder: Path) -> None:
-    """Make the folder, try to write into it, and keep an older checkpoint. Raises Failure."""
-    checkpoint, previous = folder / "noprop_hybrid.pt", folder / "noprop_hybrid.previous.pt"
+def made_with(device: torch.device) -> dict[str, str]:
+    """What a run's last bits depend on, beside its config."""
+    return {"device": device.type, "machine": platform.machine()} | {
+        x: version(x) for x in ("torch", "numpy")
+    }
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make the folder, try to write into it, and keep other runs out while this lasts. Raises Failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        if checkpoint.exists():
-            os.replace(checkpoint, previous)
-            print(f"Kept the older {checkpoint} as {previous}.")
+        lock = FileLock(folder / ".noprop_hybrid.lock", timeout=0)  # goes when its owner dies
+        lock.acquire()
+    except Timeout as error:
+        raise Failure(
+            f"another run writes into {folder}: wait for it, or choose another --output-dir"
+        ) from error
     except OSError as error:
         raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
+    with lock:
+        yield
+
+
+def begin(config: Config, device: torch.device, path: Path) -> Training:
+    """A new training, keeping an older checkpoint under another name; or, with --resume, the checkpoint's."""
+    training, previous = Training(config, device), path.with_suffix(".previous.pt")
+    if path.exists() and config.resume:
+        content = read_checkpoint(path)
+        training.load_state_dict(content["training"], content["model"])
+        print(f"Resuming {path}: {len(training.history)} epochs and {training.step} steps are done.")
+        if content["made_with"] != made_with(device):
+            print(
+                f"The result will not be exact to the bit: {content['made_with']} is now {made_with(device)}."
+            )
+    elif path.exists():
+        os.replace(path, previous)
+        print(f"Kept the older {path} as {previous}.")
+    elif config.resume:
+        print(f"Nothing to resume at {path}: starting from the beginning.")
+    return training
 
 
 def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, Any]:
@@ -898,7 +952,7 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
         "config": config.saved(),
         "seed": config.seed,
         "device": str(device),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
+        "versions": made_with(device),
         "epochs": len(history),
         "selected_epoch": training.selected_epoch,
         "seconds": training.seconds,
@@ -943,33 +997,46 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 def run(config: Config, device: torch.device) -> int:
     """Train, evaluate, write all files; returns the exit code."""
     started, folder, code, check = time.perf_counter(), config.output_dir, 0, catch_signals()
-    data = load_mnist(config.data_root, device, config.train_images)
-    prepare_output(folder)
-    training = Training(config, device)
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    images, steps = len(data.train.labels), config.epochs * (len(data.train.labels) // config.batch_size)
-    print(f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} parameters; {images:,} images")
-    bar = tqdm(total=steps, disable=None, unit="step", leave=False)
-    with workers(device, config.threads) as parallel, bar:
+    data, path = load_mnist(config.data_root, device, config.train_images), folder / "noprop_hybrid.pt"
+    with output_folder(folder), workers(device, config.threads) as parallel:
+        training = begin(config, device, path)
+        parameters = sum(parameter.numel() for parameter in training.model.parameters())
+        images, steps = len(data.train.labels), config.epochs * (len(data.train.labels) // config.batch_size)
+        print(f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} parameters; {images:,} images")
+        bar = tqdm(total=steps, initial=training.step, disable=None, unit="step", leave=False)
+        due = time.monotonic() + 60 * config.checkpoint_minutes
+
+        def after_step() -> None:
+            nonlocal due
+            bar.update()
+            check()
+            if time.monotonic() > due:
+                save_checkpoint(path, training)
+                due = time.monotonic() + 60 * config.checkpoint_minutes
+
         try:
-            for record in train(training, data, parallel, lambda: (bar.update(), check())):
+            for record in train(training, data, parallel, after_step):
+                save_checkpoint(path, training)
                 bar.write(
                     f"epoch {record['epoch']:>3}/{config.epochs}  loss of blocks "
                     f"{np.mean(record['block_losses']):.4f}, classifier {record['classifier_loss']:.4f}  "
                     f"validation {record['val_accuracy']:.2f} %, test {record['test_accuracy']:.2f} %  "
                     f"lr {record['lr']:.6f}  {record['seconds']:.0f} s"
                 )
-                save_checkpoint(folder / "noprop_hybrid.pt", training)
                 check()
         except KeyboardInterrupt as interrupt:
             code = 128 + interrupt.args[0]
-            bar.write(f"Stopped in step {training.step} of {steps}; saving what there is.")
-            save_checkpoint(folder / "noprop_hybrid.pt", training)
+            save_checkpoint(path, training)
+            bar.write(
+                f"Stopped after step {training.step} of {steps}. The same command with --resume goes on."
+            )
+        finally:
+            bar.close()
         summary = summarize(training, data, parallel)
-    draw_denoising(folder / "denoising.png", load(folder / "noprop_hybrid.pt", device), data.test)
-    draw_progress(folder / "training_progress_hybrid.png", summary)
-    summary["seconds_total"] = time.perf_counter() - started
-    write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
+        draw_denoising(folder / "denoising.png", load(path, device), data.test)
+        draw_progress(folder / "training_progress_hybrid.png", summary)
+        summary["seconds_total"] = time.perf_counter() - started
+        write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
     print_summary(summary, folder)
     return code
 
@@ -993,15 +1060,6 @@ def search(config: Config, device: torch.device) -> Config:
     import optuna
 
     data, check = load_mnist(config.data_root, device, config.train_images), catch_signals()
-    prepare_output(config.output_dir)
-    study = optuna.create_study(
-        storage=f"sqlite:///{config.output_dir / 'noprop_hpo.db'}",
-        study_name="noprop",
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
-        pruner=optuna.pruners.MedianPruner(),
-    )
 
     def objective(trial) -> float:
         trial_config = dataclasses.replace(config, epochs=config.hpo_epochs, **suggest(trial))
@@ -1011,15 +1069,21 @@ def search(config: Config, device: torch.device) -> Config:
                 raise optuna.TrialPruned
         return record["val_accuracy"]
 
-    missing = config.hpo_trials - sum(trial.state.is_finished() for trial in study.trials)
-    with workers(device, config.threads) as parallel:
-        study.optimize(
-            objective, max(missing, 0), catch=FloatingPointError
-        )  # one that diverges is a failed trial
-    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-        raise Failure("no trial of the search came to its end: look at the search space in suggest()", 3)
-    best = study.best_trial
-    write_file(config.output_dir / "hpo_best.json", json.dumps(best.params, indent=1).encode())
+    with output_folder(config.output_dir), workers(device, config.threads) as parallel:
+        study = optuna.create_study(
+            storage=f"sqlite:///{config.output_dir / 'noprop_hpo.db'}",
+            study_name="noprop",
+            load_if_exists=True,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=config.seed),
+            pruner=optuna.pruners.MedianPruner(),
+        )
+        missing = config.hpo_trials - sum(trial.state.is_finished() for trial in study.trials)
+        study.optimize(objective, max(missing, 0), catch=FloatingPointError)  # divergence fails a trial only
+        if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+            raise Failure("no trial of the search came to its end: look at the search space in suggest()", 3)
+        best = study.best_trial
+        write_file(config.output_dir / "hpo_best.json", json.dumps(best.params, indent=1).encode())
     print(f"Best of {len(study.trials)} trials: validation {best.value:.2f} % with {best.params}")
     return dataclasses.replace(config, **best.params)
 
@@ -1028,11 +1092,22 @@ def search(config: Config, device: torch.device) -> Config:
 
 
 def read_config(arguments: list[str] | None = None) -> Config:
-    """The command line: flags win over --preset, that over the defaults."""
+    """The command line: flags win over --preset, that over defaults; --resume: the checkpoint's config."""
     import tyro
 
-    preset = tyro.cli(Config, args=arguments).preset
-    return tyro.cli(Config, args=arguments, default=Config(preset=preset, **PRESETS[preset]))
+    first = tyro.cli(Config, args=arguments)
+    path = first.output_dir / "noprop_hybrid.pt"
+    if not (first.resume and path.exists()):
+        return tyro.cli(Config, args=arguments, default=Config(preset=first.preset, **PRESETS[first.preset]))
+    saved = read_checkpoint(path)["config"]
+    given = tyro.cli(Config, args=arguments, default=Config(**saved))
+    for name, value in saved.items():
+        if getattr(given, name) != value and (name != "epochs" or given.epochs < value):
+            flag = f"--{name.replace('_', '-')}"
+            raise Failure(
+                f"{flag} {getattr(given, name)} contradicts {path}, which has {value}: leave {flag} out"
+            )
+    return given
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -80,7 +80,7 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
 def test_blocks_have_the_stated_sizes():
     sizes = {name: noprop.DenoisingBlockPaper(**arguments) for name, arguments in noprop.BLOCKS.items()}
     sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in sizes.items()}
-    assert sizes == pytest.approx({"small": 51_000, "large": 51_000, "reference": 628_000}, rel=0.01)
+    assert sizes == pytest.approx({"small": 51_000, "reference": 628_000}, rel=0.01)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 60])
