@@ -339,6 +339,7 @@ class Config:
     data_root: Path = Path(__file__).resolve().parent / "data"  # folder that holds MNIST/raw/*.gz
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
+    deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
     evaluate: Path | None = None  # a checkpoint: print its test accuracy
     predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
     run_hpo: bool = RUN_HPO  # search hyperparameters with Optuna, then train with the best
@@ -350,13 +351,10 @@ class Config:
         for names, holds, rule in (
             ("epochs num_blocks patience threads hpo_trials hpo_epochs", lambda x: x >= 1, "at least 1"),
             ("batch_size", lambda x: 2 <= x <= 55_000, "at least 2, at most the 55,000 training images"),
-            (
-                "lr max_norm_embed grad_clip checkpoint_minutes",
-                lambda x: 0 < x < math.inf,
-                "a positive number",
-            ),
-            ("eta_loss_weight lambda_global", lambda x: 0 <= x < math.inf, "0 or a positive number"),
-            ("weight_decay embed_wd temperature", lambda x: 0 <= x < math.inf, "0 or a positive number"),
+            ("lr max_norm_embed grad_clip", lambda x: 0 < x < math.inf, "positive"),
+            ("checkpoint_minutes", lambda x: x > 0, "positive"),
+            ("eta_loss_weight lambda_global", lambda x: 0 <= x < math.inf, "0 or positive"),
+            ("weight_decay embed_wd temperature", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
             ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
             ("embed_dim", lambda x: x >= NUM_CLASSES, f"at least {NUM_CLASSES}, an orthogonal row a class"),
@@ -367,6 +365,8 @@ class Config:
                     raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
         if self.eta_loss_weight == self.lambda_global == 0:
             raise ValueError("eta_loss_weight and lambda_global are both 0: the blocks would learn nothing")
+        if sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume))) > 1:
+            raise ValueError("choose one of evaluate, predict, run_hpo (which goes on by itself) and resume")
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result."""
@@ -527,24 +527,23 @@ class Training:
         best = max(self.history, key=lambda record: record["val_accuracy"], default={"epoch": 0})
         return bool(self.history) and self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
 
+    def stateful(self) -> dict[str, Any]:
+        return {"model": self.model, "averaged": self.averaged} | self.optimizers
+
     def state_dict(self) -> dict[str, Any]:
         """What going on takes, beside the config and the selected weights."""
-        names = ("step", "seconds", "selected_epoch", "log", "history")
-        return {name: getattr(self, name) for name in names} | {
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        plain = {
+            name: getattr(self, name) for name in ("step", "seconds", "selected_epoch", "history", "log")
         }
+        return plain | {name: part.state_dict() for name, part in self.stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any], selected: dict[str, Tensor]) -> None:
         """Go on where state_dict() was taken."""
+        for name, part in self.stateful().items():
+            part.load_state_dict(state[name])
         for name in ("step", "seconds", "selected_epoch", "history"):
             setattr(self, name, state[name])
         self.log = [entry.to(self.device) for entry in state["log"]]
-        self.model.load_state_dict(state["model"])
-        self.averaged.load_state_dict(state["averaged"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
         self.selected = selected if self.history else self.selected
 
 
@@ -573,9 +572,7 @@ def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Ten
     return losses, [training.update(name, lr) for name in names], u.grad
 
 
-def train_step(
-    training: Training, image: Tensor, label: Tensor, lr: float, parallel: Callable = map
-) -> Tensor:
+def train_step(training: Training, image: Tensor, label: Tensor, lr: float, parallel=map) -> Tensor:
     """A step of every block, each alone; returns T + 1 losses, then T + 2 gradient norms, on the device."""
     u = training.model.label_embedding(label)  # (B, D)
     blocks = range(1, training.config.num_blocks + 1)
@@ -602,10 +599,8 @@ def train(
     for epoch in range(len(training.history), config.epochs):
         if training.out_of_patience():
             return
-        order = torch.randperm(len(labels), generator=generator(config.seed, "order", epoch)).to(
-            labels.device
-        )
-        for batch in order.split(config.batch_size)[len(training.log) : steps]:
+        order = torch.randperm(len(labels), generator=generator(config.seed, "order", epoch))
+        for batch in order.to(labels.device).split(config.batch_size)[len(training.log) : steps]:
             started = time.perf_counter()
             image = to_float(images[batch])
             if config.augment:
@@ -639,10 +634,7 @@ def check_finite(training: Training) -> None:
     if not training.log or training.log[-1].isfinite().all():
         return
     row, column = (~torch.stack(training.log).isfinite()).nonzero()[0].tolist()
-    parts = [f"block {t + 1}" for t in range(training.config.num_blocks)] + [
-        "the classifier",
-        "the embedding",
-    ]
+    parts = [*(f"block {t + 1}" for t in range(training.config.num_blocks)), "classifier", "embedding"]
     name = [*(f"loss of {x}" for x in parts[:-1]), *(f"gradient norm of {x}" for x in parts)][column]
     value, step = training.log[row][column].item(), training.step - len(training.log) + row + 1
     raise FloatingPointError(f"{name} is {value} in step {step}: try a lower --lr")
@@ -710,14 +702,10 @@ def save_checkpoint(path: Path, training: Training) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Contents of a checkpoint; raises Failure for a file that is none or is damaged."""
+    if not is_zipfile(path):  # also where there is no file; anything else would go to a loader of old formats
+        raise Failure(f"cannot read {path}, or it is not a checkpoint of this script")
     try:
-        file = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {error.strerror}") from error
-    try:
-        whole = is_zipfile(file)  # anything else would go to a loader of old formats
-        file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True) if whole else None
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"{path} is not a checkpoint of this script, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -737,9 +725,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
         config = Config(**content["config"])
         model = build(config)
         model.load_state_dict(content["model"])
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise Failure(f"{path} does not fit this version of the script: {reason}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Failure(f"{path} does not fit this version of the script: {error}".splitlines()[0]) from error
     model.config = config
     return model.eval().to(device)
 
@@ -751,28 +738,23 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
     blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
     figure = Figure(figsize=(11, 7), layout="constrained")
     (losses, blocks), (accuracies, rates) = figure.subplots(2, 2)
-    history, by_blocks = summary["history"], summary["test_accuracy_by_blocks"]
-
-    def line(axes, x, y, color: str, marker: str, label: str) -> None:
-        axes.plot(x, y, color=color, marker=marker, markersize=4, label=label)
-
-    epochs = [record["epoch"] for record in history]
-    for axes, name, *style in (
+    history, chain = summary["history"], summary["test_accuracy_by_blocks"]
+    for axes, name, color, marker, label in (
         (losses, "block_losses", blue, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)"),
         (losses, "classifier_loss", orange, "s", "classifier: cross-entropy"),
-        (accuracies, "val_accuracy", blue, "o", "validation"),
-        (accuracies, "test_accuracy", orange, "s", "test (decides nothing)"),
+        (accuracies, "val_accuracy", blue, "o", "validation, at the end {:.2f} %"),
+        (accuracies, "test_accuracy", orange, "s", "test (decides nothing), at the end {:.2f} %"),
         (rates, "lr", green, "o", "at the end of the epoch"),
     ):
-        line(axes, epochs, [float(np.mean(record[name])) for record in history], *style)
-    line(blocks, range(1, len(by_blocks) + 1), by_blocks, orange, "s", "test, selected weights")
-    for axes in (accuracies, blocks):
-        *_, (x, y) = axes.lines[-1].get_xydata() if history else [(1, by_blocks[0])]
-        axes.annotate(f"{y:.2f} %", (x, y), (0, -16), textcoords="offset points", ha="right")
+        x, y = [record["epoch"] for record in history], [np.mean(record[name]) for record in history]
+        axes.plot(x, y, color=color, marker=marker, markersize=4, label=label.format(*y[-1:] or [math.nan]))
+    cuts, error = range(1, len(chain) + 1), [standard_error(accuracy, 10_000) for accuracy in chain]
+    label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
+    blocks.errorbar(cuts, chain, error, color=orange, marker="s", markersize=4, capsize=2, label=label)
     losses.set(title="Training losses", xlabel="epoch", ylabel="loss", yscale="log")
     accuracies.set(title="Accuracy of the averaged weights", xlabel="epoch", ylabel="%")
     rates.set(title="Learning rate", xlabel="epoch")
-    blocks.set(title="What the blocks add: accuracy of the chain cut after block k", xlabel="k", ylabel="%")
+    blocks.set(title="Accuracy after each block (chain cut there)", xlabel="block", ylabel="%")
     for axes in (losses, blocks, accuracies, rates):
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
@@ -899,27 +881,25 @@ def pick_device(name: str) -> torch.device:
 
 def made_with(device: torch.device) -> dict[str, str]:
     """What a run's last bits depend on, beside its config."""
-    return {"device": device.type, "machine": platform.machine()} | {
-        x: version(x) for x in ("torch", "numpy")
-    }
+    return {"device": device.type, "machine": platform.machine(), "torch": version("torch")}
 
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """Make the folder, try to write into it, and keep other runs out while this lasts. Raises Failure."""
+    lock = FileLock(folder / ".noprop_hybrid.lock", timeout=0)  # goes when its owner dies
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        lock = FileLock(folder / ".noprop_hybrid.lock", timeout=0)  # goes when its owner dies
         lock.acquire()
     except Timeout as error:
-        raise Failure(
-            f"another run writes into {folder}: wait for it, or choose another --output-dir"
-        ) from error
+        raise Failure(f"another run writes into {folder}: wait, or choose another --output-dir") from error
     except OSError as error:
         raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def begin(config: Config, device: torch.device, path: Path) -> Training:
@@ -930,9 +910,7 @@ def begin(config: Config, device: torch.device, path: Path) -> Training:
         training.load_state_dict(content["training"], content["model"])
         print(f"Resuming {path}: {len(training.history)} epochs and {training.step} steps are done.")
         if content["made_with"] != made_with(device):
-            print(
-                f"The result will not be exact to the bit: {content['made_with']} is now {made_with(device)}."
-            )
+            print(f"It won't be exact to the bit: {content['made_with']} is now {made_with(device)}.")
     elif path.exists():
         os.replace(path, previous)
         print(f"Kept the older {path} as {previous}.")
@@ -977,21 +955,16 @@ def matmul_peak(device: str, size: int = 1024) -> float:
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    accuracy, by_blocks = summary["test_accuracy"], summary["test_accuracy_by_blocks"]
-    for name, text in (
-        ("Test accuracy", f"{accuracy:.2f} ± {standard_error(accuracy, 10_000):.2f} % (± for 10,000 images)"),
-        ("Weights", f"epoch {summary['selected_epoch']}, chosen on validation images"),
-        (
-            "Best test epoch",
-            f"{summary['best_test_accuracy']:.2f} % (chosen on the test set, as the original did)",
-        ),
-        ("After block 1 …", " ".join(f"{x:.2f}" for x in by_blocks) + " % (chain cut there)"),
-        ("Time", f"{summary['seconds']:.0f} s of training, {summary['seconds_total']:.0f} s in all"),
-        ("Machine", f"{summary['device']}, float32 matmul peak {matmul_peak(summary['device']):.0f} GFLOP/s"),
-        ("Files", "noprop_hybrid.pt, noprop_hybrid.json, training_progress_hybrid.png, denoising.png"),
-        ("Folder", folder.resolve()),
-    ):
-        print(f"{name:<16} {text}")
+    accuracy, chain = summary["test_accuracy"], summary["test_accuracy_by_blocks"]
+    print(f"""
+Test accuracy    {accuracy:.2f} ± {standard_error(accuracy, 10_000):.2f} % (± for 10,000 images)
+Weights          epoch {summary["selected_epoch"]}, chosen on validation images
+Best test epoch  {summary["best_test_accuracy"]:.2f} % (chosen on the test set, as the original did)
+After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
+Time             {summary["seconds"]:.0f} s of training, {summary["seconds_total"]:.0f} s in all
+Machine          {summary["device"]}, float32 matmul peak {matmul_peak(summary["device"]):.0f} GFLOP/s
+Files            noprop_hybrid.pt, noprop_hybrid.json, training_progress_hybrid.png, denoising.png
+Folder           {folder.resolve()}""")
 
 
 def run(config: Config, device: torch.device) -> int:
@@ -1027,9 +1000,7 @@ def run(config: Config, device: torch.device) -> int:
         except KeyboardInterrupt as interrupt:
             code = 128 + interrupt.args[0]
             save_checkpoint(path, training)
-            bar.write(
-                f"Stopped after step {training.step} of {steps}. The same command with --resume goes on."
-            )
+            bar.write(f"Stopped after step {training.step} of {steps}; the same with --resume goes on.")
         finally:
             bar.close()
         summary = summarize(training, data, parallel)
@@ -1105,7 +1076,7 @@ def read_config(arguments: list[str] | None = None) -> Config:
         if getattr(given, name) != value and (name != "epochs" or given.epochs < value):
             flag = f"--{name.replace('_', '-')}"
             raise Failure(
-                f"{flag} {getattr(given, name)} contradicts {path}, which has {value}: leave {flag} out"
+                f"{flag} {getattr(given, name)} contradicts {path}, which has {value}: leave it out"
             )
     return given
 
@@ -1114,6 +1085,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0; 1: the machine lacks something; 2: bad input; 3: not finite; 130, 143: signals."""
     try:
         config = read_config(arguments)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         device = pick_device(config.device)
         if config.predict or config.evaluate:
             classify(config, device) if config.predict else evaluate_checkpoint(config, device)

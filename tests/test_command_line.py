@@ -93,8 +93,8 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch-size", "1"], "batch_size must be at least 2"),
         (["--batch-size", "60000"], "batch_size must be at least 2, at most the 55,000"),
-        (["--lr", "-0.1"], "lr must be a positive number"),
-        (["--lr", "nan"], "lr must be a positive number"),
+        (["--lr", "-0.1"], "lr must be positive"),
+        (["--lr", "nan"], "lr must be positive"),
         (["--eta-min", "1"], "eta_min must be between"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
         (["--embed-dim", "9"], "embed_dim must be at least 10"),
@@ -102,6 +102,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--train-images", "100"], "train_images must be"),
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "learn nothing"),
         (["--device", "tpu9"], "--device tpu9"),
+        (["--run-hpo", "--resume"], "choose one of"),
         (["--data-root", "/nowhere"], "train-images-idx3-ubyte.gz is missing"),
         (["--output-dir", "/proc/nowhere"], "cannot write into --output-dir"),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
@@ -158,7 +159,7 @@ def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained)
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     for name in ("other", "hostile", "hostile-zip", "text", "empty", "cut"):
-        fails(capsys, 2, ["--evaluate", f"{name}.pt"], f"{name}.pt is not a checkpoint of this script")
+        fails(capsys, 2, ["--evaluate", f"{name}.pt"], f"{name}.pt", "not a checkpoint of this script")
     assert not (tmp_path / "pwned").exists()
     refused = 0
     for i in range(25):  # a flipped bit is refused, or changes nothing

@@ -1,0 +1,192 @@
+"""What survives: kills, signals, damaged files and full disks, tried on the real script and real data.
+
+    python benchmarks/faults.py --rounds 200
+
+Starts the script, kills it at uniformly random moments (it saves after every step: often it is writing) and
+resumes it; compares the final weights, averages, optimizers and history with those of an undisturbed run.
+Flips bits of and truncates checkpoints and data files. Limits the size of files, as a full disk does.
+"""
+
+import argparse
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import noprop_example as noprop  # noqa: E402
+
+RUN = [
+    sys.executable,
+    str(ROOT / "noprop_example.py"),
+    "--epochs=4",
+    "--train-images=4096",
+    "--batch-size=256",
+]
+RUN += ["--num-blocks=3", "--checkpoint-minutes=1e-9"]
+
+
+def fingerprint(folder: Path) -> str:
+    """The checksum of everything in the checkpoint but the timings."""
+    content = noprop.read_checkpoint(folder / "noprop_hybrid.pt")
+    content["training"].pop("seconds")
+    for record in content["training"]["history"]:
+        record.pop("seconds")
+    return noprop.checksum(content)
+
+
+def finish(folder: Path) -> bool:
+    """Resume to the end; whether that worked."""
+    run = subprocess.run(
+        [*RUN, "--resume", f"--output-dir={folder}"], capture_output=True, text=True, timeout=300
+    )
+    return run.returncode == 0 and "Traceback" not in run.stderr
+
+
+def kill(rng: random.Random, rounds: int, seconds: float, expected: str, table: Counter, bar: tqdm) -> None:
+    """Chains of up to five kills, each followed by --resume; then to the end."""
+    expected_codes = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
+    while rounds > 0:
+        with tempfile.TemporaryDirectory() as name:
+            chain = []
+            for _ in range(min(5, rounds)):
+                number = rng.choice(list(expected_codes))
+                command = [*RUN, "--resume", f"--output-dir={name}"]
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                time.sleep(rng.uniform(0, seconds))
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=300)
+                clean = process.returncode in (0, *expected_codes[number])  # 0: it was done before
+                early = "KeyboardInterrupt" in errors  # Python itself, while it imported torch
+                chain.append((signal.Signals(number).name, clean and (early or "Traceback" not in errors)))
+                rounds -= 1
+                bar.update()
+            exact = finish(Path(name)) and fingerprint(Path(name)) == expected
+            for fault, clean in chain:
+                table[fault, "survived" if clean and exact else "LOST"] += 1
+
+
+def damage(rng: random.Random, content: bytes) -> bytes:
+    """One flipped bit, or a truncation."""
+    place = rng.randrange(len(content))
+    if rng.random() < 0.3:
+        return content[:place]
+    return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+
+
+def corrupt(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, bar: tqdm) -> None:
+    """Damaged files are refused with a Failure (exit code 2), or read as if they were whole."""
+    gz = "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpacked = noprop.read_mnist_file(ROOT / "data/MNIST/raw", gz[0])
+        cases = {
+            "damaged checkpoint": (
+                checkpoint.read_bytes(),
+                "c.pt",
+                lambda: noprop.read_checkpoint(folder / "c.pt"),
+            ),
+            "damaged .gz": (
+                (ROOT / f"data/MNIST/raw/{gz[1]}.gz").read_bytes(),
+                f"{gz[1]}.gz",
+                lambda: list(noprop.read_mnist_file(folder, gz[1])),
+            ),
+            "damaged data file": (unpacked, gz[0], lambda: list(noprop.read_mnist_file(folder, gz[0]))),
+        }
+        for fault, (content, file, read) in cases.items():
+            (folder / file).write_bytes(content)
+            whole = noprop.checksum(read()) if "checkpoint" in fault else read()
+            for _ in range(rounds):
+                (folder / file).write_bytes(damage(rng, content))
+                try:
+                    value = read()
+                    same = (noprop.checksum(value) if "checkpoint" in fault else value) == whole
+                    outcome = "survived" if same else "LOST"
+                except noprop.Failure as failure:
+                    outcome = "survived" if failure.code == 2 else "LOST"
+                table[fault, outcome] += 1
+                bar.update()
+
+
+def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, bar: tqdm) -> None:
+    """No file may grow beyond a random size: one line, exit code 1, and the older checkpoint is whole."""
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder, limit = Path(name), rng.randrange(1, checkpoint.stat().st_size)
+            shutil.copy(checkpoint, folder / "noprop_hybrid.pt")
+            run = subprocess.run(
+                [*RUN, f"--output-dir={folder}"],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            )
+            whole = fingerprint_of_previous(folder) == fingerprint_of(checkpoint)
+            one_line = run.stderr.startswith("error: cannot write") and run.stderr.count("\n") == 1
+            table["full disk", "survived" if run.returncode == 1 and one_line and whole else "LOST"] += 1
+            bar.update()
+
+
+def fingerprint_of(path: Path) -> str:
+    return noprop.checksum(noprop.read_checkpoint(path))
+
+
+def fingerprint_of_previous(folder: Path) -> str:
+    return fingerprint_of(folder / "noprop_hybrid.previous.pt")
+
+
+def load(epochs: int) -> str:
+    """Resident memory and open files over many epochs on tiny data."""
+    data = noprop.load_mnist(ROOT / "data", torch.device("cpu"))
+    small = noprop.Data(*(noprop.Split(x.images[:512], x.labels[:512]) for x in data))
+    config = noprop.Config(epochs=epochs, patience=epochs, batch_size=128, num_blocks=3)
+    seen = []
+    with tempfile.TemporaryDirectory() as name:
+        training = noprop.Training(config, torch.device("cpu"))
+        with noprop.workers(torch.device("cpu"), 2) as parallel:
+            for _ in noprop.train(training, small, parallel):
+                noprop.save_checkpoint(Path(name) / "noprop_hybrid.pt", training)
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                seen.append(
+                    (pages * resource.getpagesize() / 2**20, len(list(Path("/proc/self/fd").iterdir())))
+                )
+    points = [(epoch, *seen[epoch - 1]) for epoch in (epochs // 4, epochs // 2, epochs)]
+    return "; ".join(
+        f"epoch {epoch}: {mib:.0f} MiB resident, {files} open files" for epoch, mib, files in points
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=20, help="kills, and corruptions of each kind of file")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng, table, disks = random.Random(arguments.seed), Counter(), max(1, arguments.rounds // 10)
+    with tempfile.TemporaryDirectory() as name, tqdm(total=4 * arguments.rounds + disks, disable=None) as bar:
+        started = time.perf_counter()
+        assert finish(Path(name)), "the undisturbed run failed"
+        seconds, expected = time.perf_counter() - started, fingerprint(Path(name))
+        kill(rng, arguments.rounds, seconds, expected, table, bar)
+        corrupt(rng, arguments.rounds, Path(name) / "noprop_hybrid.pt", table, bar)
+        fill_disk(rng, disks, Path(name) / "noprop_hybrid.pt", table, bar)
+    print("| fault | tried | survived | lost |\n|---|---|---|---|")
+    for fault in dict.fromkeys(fault for fault, _ in table):
+        survived, lost = table[fault, "survived"], table[fault, "LOST"]
+        print(f"| {fault} | {survived + lost} | {survived} | {lost} |")
+    print(load(200))
+    return any(outcome == "LOST" for _, outcome in table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
