@@ -1,7 +1,7 @@
 """One setting over several seeds: mean ± standard error.
 
-    python benchmarks/seeds.py --seeds 5                              the default run, seeds 0 to 4
-    python benchmarks/seeds.py --seeds 3 --epochs 4 --target noise    any flags of noprop_example.py
+    python benchmarks/seeds.py --seeds 5                      the default run, seeds 0 to 4
+    python benchmarks/seeds.py --epochs 4 --target noise      any flags of noprop_example.py
 
 Runs noprop_example.py once a seed, in runs/ below the current folder (a seed that is finished there is not run
 again, one that was stopped is resumed), and prints one Markdown table.
@@ -15,21 +15,6 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "noprop_example.py"
-
-
-def run(seed: int, flags: list[str], jobs: list[subprocess.Popen], folder: Path) -> None:
-    """Start the run of one seed."""
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--seed",
-        str(seed),
-        "--output-dir",
-        str(folder),
-        "--resume",
-        *flags,
-    ]
-    jobs.append(subprocess.Popen(command))
 
 
 def mean(values: list[float], digits: int = 2) -> str:
@@ -48,13 +33,14 @@ def main() -> int:
     name = "-".join(flag.lstrip("-") for flag in flags) or "default"
     folders = [Path("runs") / name / f"seed{seed}" for seed in range(arguments.seeds)]
     waiting = [x for x in enumerate(folders) if not (x[1] / "noprop_hybrid.json").exists()]
-    while waiting:
-        jobs: list[subprocess.Popen] = []
-        for seed, folder in waiting[: arguments.at_once]:
-            run(seed, flags, jobs, folder)
-        if any([job.wait() for job in jobs]):
+    for start in range(0, len(waiting), arguments.at_once):
+        command = [sys.executable, str(SCRIPT), "--resume", *flags]
+        jobs = [
+            subprocess.Popen([*command, "--seed", str(seed), "--output-dir", str(folder)])
+            for seed, folder in waiting[start : start + arguments.at_once]
+        ]
+        if sum(job.wait() for job in jobs):
             return 1
-        waiting = waiting[arguments.at_once :]
     results = [json.loads((folder / "noprop_hybrid.json").read_text()) for folder in folders]
     for title, read, digits in (
         ("test accuracy, selected on validation", lambda x: x["test_accuracy"], 2),
