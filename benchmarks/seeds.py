@@ -3,7 +3,7 @@
     python benchmarks/seeds.py --seeds 5                      the default run, seeds 0 to 4
     python benchmarks/seeds.py --epochs 4 --target noise      any flags of noprop_example.py
 
-Runs noprop_example.py once a seed, in runs/ below the current folder (a seed that is finished there is not run
+Runs noprop_example.py once a seed, in runs/ below the current folder (one that is finished there is not run
 again, one that was stopped is resumed), and prints one Markdown table.
 """
 
@@ -47,6 +47,7 @@ def main() -> int:
         ("validation accuracy", lambda x: x["val_accuracy"], 2),
         ("best test accuracy over epochs (selects on test)", lambda x: x["best_test_accuracy"], 2),
         ("chain cut after block 1", lambda x: x["test_accuracy_by_blocks"][0], 2),
+        ("average of all blocks' class probabilities", lambda x: x["test_accuracy_average"], 2),
         ("mean over the cuts 1 ... T-1", lambda x: statistics.mean(x["test_accuracy_by_blocks"][:-1]), 2),
         ("seconds of training", lambda x: x["seconds"], 0),
         ("seconds in all", lambda x: x["seconds_total"], 0),
