@@ -72,6 +72,15 @@ def test_a_block_alone_equals_the_block_beside_others(training, batch):
     assert same(training.averaged.blocks[1].state_dict(), alone.averaged.blocks[1].state_dict())
 
 
+def test_a_block_sees_the_same_noise_level_in_training_and_in_inference(training, batch):
+    seen = [[] for _ in training.model.blocks]
+    for levels, block in zip(seen, training.model.blocks, strict=True):
+        block.register_forward_pre_hook(lambda _, arguments, levels=levels: levels.append(arguments[2]))
+    noprop.train_step(training, *batch, 1e-3)
+    training.model.eval()(batch[0])
+    assert seen == [[level, level] for level in training.model.alpha_bar[:-1].tolist()]
+
+
 def test_the_number_of_threads_changes_no_bit(small_data):
     one, three = (train_tiny(small_data, threads) for threads in (1, 3))
     assert same(one.averaged.state_dict(), three.averaged.state_dict())
