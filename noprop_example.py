@@ -911,7 +911,12 @@ def begin(config: Config, device: torch.device, path: Path) -> Training:
     training, previous = Training(config, device), path.with_suffix(".previous.pt")
     if path.exists() and config.resume:
         content = read_checkpoint(path)
-        training.load_state_dict(content["training"], content["model"])
+        try:
+            training.load_state_dict(content["training"], content["model"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Failure(
+                f"{path} was not made by this version of the script; start without --resume"
+            ) from error
         print(f"Resuming {path}: {len(training.history)} epochs and {training.step} steps are done.")
         if content["made_with"] != made_with(device):
             print(f"It won't be exact to the bit: {content['made_with']} is now {made_with(device)}.")
