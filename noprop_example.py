@@ -527,8 +527,10 @@ class Training:
             self.selected, self.selected_epoch = copy.deepcopy(self.averaged.state_dict()), record["epoch"]
 
     def out_of_patience(self) -> bool:
-        best = max(self.history, key=lambda record: record["val_accuracy"], default={"epoch": 0})
-        return bool(self.history) and self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
+        if not self.history:
+            return False
+        best = max(self.history, key=lambda record: record["val_accuracy"])
+        return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
 
     def stateful(self) -> dict[str, Any]:
         return {"model": self.model, "averaged": self.averaged} | self.optimizers

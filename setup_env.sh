@@ -17,12 +17,13 @@ is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }
 
-# cksum is POSIX; the stamp also holds the interpreter, so an environment that was moved or upgraded is rebuilt.
-wanted=$(cd "$here" && cksum requirements.txt requirements-dev.txt) || fail "the requirements files are missing"
-wanted="$wanted $env"
+# The stamp's last line is the environment's place: one that was moved is rebuilt, as its programs name the old place.
+sums=$(cd "$here" && cksum requirements.txt requirements-dev.txt) || fail "the requirements files are missing"
+wanted=$(printf '%s\n%s' "$sums" "$env")
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/python"; then
-    if [ ! -f "$stamp" ] || ! is_new_enough "$env/bin/python"; then # none, half-made or broken: begin anew
+    # none, half-made, moved or broken: begin anew
+    if [ "$(tail -n 1 "$stamp" 2>/dev/null)" != "$env" ] || ! is_new_enough "$env/bin/python"; then
         python=""
         for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
             if [ -n "$candidate" ] && is_new_enough "$candidate"; then

@@ -87,36 +87,39 @@ def damage(rng: random.Random, content: bytes) -> bytes:
 
 def corrupt(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, bar: tqdm) -> None:
     """Damaged files are refused with a Failure (exit code 2), or read as if they were whole."""
-    gz = "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"
+    labels, images = "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"
+    source = ROOT / "data/MNIST/raw"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        unpacked = noprop.read_mnist_file(ROOT / "data/MNIST/raw", gz[0])
-        cases = {
-            "damaged checkpoint": (
-                checkpoint.read_bytes(),
-                "c.pt",
-                lambda: noprop.read_checkpoint(folder / "c.pt"),
+        for fault, content, file, read in (
+            ("damaged checkpoint", checkpoint.read_bytes(), "c.pt", lambda: content_sum(folder / "c.pt")),
+            (
+                "damaged .gz",
+                (source / f"{images}.gz").read_bytes(),
+                f"{images}.gz",
+                lambda: noprop.read_mnist_file(folder, images),
             ),
-            "damaged .gz": (
-                (ROOT / f"data/MNIST/raw/{gz[1]}.gz").read_bytes(),
-                f"{gz[1]}.gz",
-                lambda: list(noprop.read_mnist_file(folder, gz[1])),
+            (
+                "damaged data file",
+                noprop.read_mnist_file(source, labels),
+                labels,
+                lambda: noprop.read_mnist_file(folder, labels),
             ),
-            "damaged data file": (unpacked, gz[0], lambda: list(noprop.read_mnist_file(folder, gz[0]))),
-        }
-        for fault, (content, file, read) in cases.items():
+        ):
             (folder / file).write_bytes(content)
-            whole = noprop.checksum(read()) if "checkpoint" in fault else read()
+            whole = read()
             for _ in range(rounds):
                 (folder / file).write_bytes(damage(rng, content))
                 try:
-                    value = read()
-                    same = (noprop.checksum(value) if "checkpoint" in fault else value) == whole
-                    outcome = "survived" if same else "LOST"
+                    outcome = "survived" if read() == whole else "LOST"
                 except noprop.Failure as failure:
                     outcome = "survived" if failure.code == 2 else "LOST"
                 table[fault, outcome] += 1
                 bar.update()
+
+
+def content_sum(path: Path) -> str:
+    return noprop.checksum(noprop.read_checkpoint(path))
 
 
 def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, bar: tqdm) -> None:
@@ -132,18 +135,10 @@ def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter,
                 timeout=300,
                 preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
             )
-            whole = fingerprint_of_previous(folder) == fingerprint_of(checkpoint)
+            whole = content_sum(folder / "noprop_hybrid.previous.pt") == content_sum(checkpoint)
             one_line = run.stderr.startswith("error: cannot write") and run.stderr.count("\n") == 1
             table["full disk", "survived" if run.returncode == 1 and one_line and whole else "LOST"] += 1
             bar.update()
-
-
-def fingerprint_of(path: Path) -> str:
-    return noprop.checksum(noprop.read_checkpoint(path))
-
-
-def fingerprint_of_previous(folder: Path) -> str:
-    return fingerprint_of(folder / "noprop_hybrid.previous.pt")
 
 
 def load(epochs: int) -> str:

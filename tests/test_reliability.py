@@ -10,23 +10,14 @@ import torch
 from conftest import CPU, ROOT, TINY, noprop
 from test_command_line import fails
 
-
-def fingerprint(content: dict) -> str:
-    """The checksum of a checkpoint's weights, averages, optimizers, history and position, timings aside."""
-    training = {name: value for name, value in content["training"].items() if name != "seconds"}
-    history = [{k: v for k, v in record.items() if k != "seconds"} for record in training["history"]]
-    return noprop.checksum([content["config"], content["model"], training | {"history": history}])
-
-
-def result(folder) -> str:
-    return fingerprint(noprop.read_checkpoint(folder / "noprop_hybrid.pt"))
+from benchmarks.faults import fingerprint
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("undisturbed")
     assert noprop.main([*tiny_flags(folder), "--epochs=3"]) == 0
-    return result(folder)
+    return fingerprint(folder)
 
 
 def tiny_flags(folder) -> list[str]:
@@ -58,15 +49,15 @@ def test_resume_is_exact_wherever_the_run_was_stopped(step, undisturbed, tmp_pat
     assert "--resume goes on" in capsys.readouterr().out
     assert noprop.main(["--resume", f"--output-dir={tmp_path}"]) == 0  # the config is the checkpoint's
     assert f"{step} steps are done" in capsys.readouterr().out
-    assert result(tmp_path) == undisturbed
+    assert fingerprint(tmp_path) == undisturbed
 
 
 def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert noprop.main(tiny_flags(tmp_path)) == 0
-    before = result(tmp_path)
+    before = fingerprint(tmp_path)
     (tmp_path / "denoising.png").unlink()
     assert noprop.main([*tiny_flags(tmp_path), "--resume"]) == 0
-    assert (tmp_path / "denoising.png").exists() and result(tmp_path) == before
+    assert (tmp_path / "denoising.png").exists() and fingerprint(tmp_path) == before
     assert noprop.main(["--resume", "--epochs=2", f"--output-dir={tmp_path}"]) == 0
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     assert content["config"]["epochs"] == 2 and content["training"]["step"] == 8
@@ -94,7 +85,7 @@ def test_kill_9_loses_nothing(undisturbed, tmp_path):
     assert process.returncode == -9
     assert noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")["training"]["step"] < 12
     subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=120)
-    assert result(tmp_path) == undisturbed
+    assert fingerprint(tmp_path) == undisturbed
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
