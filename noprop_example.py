@@ -225,13 +225,8 @@ class NoProp(nn.Module):
         steps = reverse_process(self.blocks, image, temperature * z, self.alpha_bar, temperature, noise)
         return torch.stack([self.classifier(u_hat) for u_hat, _ in steps], dim=1)
 
-    @torch.inference_mode()
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
-
-        images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark. Raises
-        ValueError for other shapes and types.
-        """
+    def batches(self, images: Tensor) -> list[Tensor]:
+        """Float batches (500, C, H, W) of images that a user brings; raises ValueError for unfit ones."""
         images = images.unsqueeze(1) if images.ndim == 3 else images
         if images.shape[1:] != self.image_shape or not (
             images.dtype == torch.uint8 or images.is_floating_point()
@@ -239,12 +234,42 @@ class NoProp(nn.Module):
             raise ValueError(
                 f"images: (N, {self.image_shape}), uint8 or float; not {images.shape}, {images.dtype}"
             )
-        batches = images.to(self.classifier.weight.device).split(500)
-        return torch.cat([self(to_float(batch)).softmax(-1) for batch in batches])
+        return [to_float(batch) for batch in images.to(self.classifier.weight.device).split(500)]
 
-    def predict(self, images: Tensor) -> Tensor:
-        """The class of each image, (N,): argmax classifier(û_T). Images as for probabilities()."""
-        return self.probabilities(images)[:, -1].argmax(-1)
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
+
+        images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark. Raises
+        ValueError for other shapes and types.
+        """
+        return torch.cat([self(batch).softmax(-1) for batch in self.batches(images)])
+
+    @torch.inference_mode()
+    def early_exit(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        """Class probabilities (N, classes), and how many blocks each image went through, (N,).
+
+        An image leaves the chain once a class is more probable than threshold. Images as above.
+        """
+        answers, blocks = [], []
+        for image in self.batches(images):
+            z = image.new_zeros(len(image), self.label_embedding.embedding_dim)
+            answer = image.new_empty(len(image), self.classifier.out_features)
+            inside, used = torch.arange(len(image), device=image.device), image.new_empty(len(image))
+            for t, block in enumerate(self.blocks):
+                [(u_hat, z)] = reverse_process([block], image, z, self.alpha_bar[t : t + 2], 0.0, None)
+                answer[inside] = probability = self.classifier(u_hat).softmax(-1)
+                used[inside] = t + 1
+                stay = probability.amax(-1) <= threshold
+                inside, image, z = inside[stay], image[stay], z[stay]
+                if not len(inside):
+                    break
+            answers, blocks = [*answers, answer], [*blocks, used]
+        return torch.cat(answers), torch.cat(blocks)
+
+    def predict(self, images: Tensor, threshold: float = 1.0) -> Tensor:
+        """The class of each image, (N,): argmax classifier(û_T), or of an earlier û, see early_exit()."""
+        return self.early_exit(images, threshold)[0].argmax(-1)
 
 
 # --- Forward and reverse process ---------------------------------------------------------------------------
@@ -345,6 +370,7 @@ class Config:
     deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
     evaluate: Path | None = None  # a checkpoint: print its test accuracy
     predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
+    early_exit: float = 1.0  # of these two: an image leaves the chain once a class is more probable than this
     run_hpo: bool = RUN_HPO  # search hyperparameters with Optuna, then train with the best
     hpo_trials: int = 40  # trials of the search
     hpo_epochs: int = 2  # epochs of a trial
@@ -360,6 +386,7 @@ class Config:
             ("weight_decay embed_wd temperature", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
             ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+            ("early_exit", lambda x: 0 < x <= 1, "above 0, at most 1"),
             ("embed_dim", lambda x: x >= NUM_CLASSES, f"at least {NUM_CLASSES}, an orthogonal row a class"),
             ("train_images", lambda x: x is None or x >= self.batch_size, "None or at least batch_size"),
         ):
@@ -370,6 +397,8 @@ class Config:
             raise ValueError("eta_loss_weight and lambda_global are both 0: the blocks would learn nothing")
         if sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume))) > 1:
             raise ValueError("choose one of evaluate, predict, run_hpo (which goes on by itself) and resume")
+        if self.early_exit < 1 and not (self.evaluate or self.predict):
+            raise ValueError("early_exit goes with evaluate or predict")
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result."""
@@ -477,6 +506,19 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
         torch.set_num_threads(before)
 
 
+def flatten(part: nn.Module) -> nn.Parameter:
+    """A part's parameters as one vector: they become views of it, and their gradients of its gradient.
+
+    So a block's clip, its optimizer's step and its average are one operation each, not one a tensor.
+    """
+    parameters = list(part.parameters())
+    flat = nn.Parameter(torch.cat([x.detach().as_strided((x.numel(),), (1,)) for x in parameters]))
+    flat.grad, sizes = torch.zeros_like(flat), [x.numel() for x in parameters]
+    for x, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+        x.data, x.grad = (v.as_strided(x.shape, x.stride(), v.storage_offset()) for v in (data, grad))
+    return flat
+
+
 class Training:
     """All that changes while training: weights, their average, optimizers, position, history, selection."""
 
@@ -486,16 +528,17 @@ class Training:
         self.averaged = copy.deepcopy(self.model).eval()
         self.parts, self.optimizers, self.tensors = {}, {}, {}  # by name
         for name in [*(f"blocks.{i}" for i in range(config.num_blocks)), "classifier", "label_embedding"]:
-            part = self.parts[name] = self.model.get_submodule(name)
+            modules = [network.get_submodule(name) for network in (self.averaged, self.model)]
+            averaged, vector = (flatten(module) for module in modules)
+            self.parts[name] = vector
             self.optimizers[name] = torch.optim.AdamW(
-                part.parameters(),
+                [vector],
                 weight_decay=config.embed_wd if name == "label_embedding" else config.weight_decay,
                 fused=device.type in ("cpu", "cuda"),
             )
-            self.tensors[name] = [
-                [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
-                for module in (self.averaged.get_submodule(name), part)
-            ]
+            statistics = ([x for x in module.buffers() if x.is_floating_point()] for module in modules)
+            vectors = (averaged.detach(), vector.detach())
+            self.tensors[name] = [[flat, *more] for flat, more in zip(vectors, statistics, strict=True)]
         self.step, self.seconds, self.selected_epoch = 0, 0.0, 0
         self.log: list[Tensor] = []  # what train_step() returned in the steps of this epoch
         self.history: list[dict[str, Any]] = []
@@ -504,10 +547,10 @@ class Training:
     def update(self, name: str, lr: float) -> Tensor:
         """Clip one part's gradient by itself, step, move its average; returns the gradient's norm."""
         optimizer = self.optimizers[name]
-        norm = nn.utils.clip_grad_norm_(self.parts[name].parameters(), self.config.grad_clip)
+        norm = nn.utils.clip_grad_norm_([self.parts[name]], self.config.grad_clip)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # the parameters' gradients are views of this one
         if name == "label_embedding":
             self.model.label_embedding.weight.data.renorm_(2, 0, self.config.max_norm_embed)  # each row
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # young weights count for less
@@ -844,7 +887,7 @@ def classify(config: Config, device: torch.device) -> None:
     if not pictures:
         raise Failure("--predict takes a checkpoint and then at least one image file")
     model, images = load(checkpoint, device), torch.stack([read_picture(path) for path in pictures])
-    for path, probability in zip(pictures, model.probabilities(images)[:, -1], strict=True):
+    for path, probability in zip(pictures, model.early_exit(images, config.early_exit)[0], strict=True):
         best = [f"{k}: {100 * probability[k]:.1f} %" for k in probability.topk(3).indices]
         print(f"{path}: {probability.argmax()}  ({', '.join(best)})")
 
@@ -853,7 +896,12 @@ def evaluate_checkpoint(config: Config, device: torch.device) -> None:
     """Print the test accuracy of the trained network of --evaluate."""
     model, test = load(config.evaluate, device), load_mnist(config.data_root, device).test
     with workers(device, config.threads) as parallel:
-        accuracy = evaluate(model, test, model.config, parallel)["accuracy"][-1]
+        if config.early_exit < 1:
+            probability, blocks = model.early_exit(test.images, config.early_exit)
+            accuracy = 100 * (probability.argmax(-1) == test.labels).double().mean().item()
+            print(f"Early exit: {blocks.mean():.2f} of {len(model.blocks)} blocks an image.")
+        else:
+            accuracy = evaluate(model, test, model.config, parallel)["accuracy"][-1]
     print(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %.")
 
 

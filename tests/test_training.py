@@ -97,3 +97,15 @@ def test_reference_preset_starts_and_learns(data):
     with noprop.workers(CPU, 2) as parallel:
         (record,) = noprop.train(training, small, parallel)
     assert record["val_accuracy"] > 60
+
+
+def test_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(trained, data):
+    model, images = noprop.load(trained / "noprop_hybrid.pt"), data.test.images[:600]
+    whole = model.probabilities(images)  # (N, T, classes)
+    answers, blocks = model.early_exit(images, 0.9)
+    sure = whole.amax(-1) > 0.9
+    sure[:, -1] = True  # nobody goes further
+    first = sure.int().argmax(1)
+    assert torch.equal(blocks.long(), first + 1) and len(first.unique()) > 3
+    torch.testing.assert_close(answers, whole[torch.arange(600), first])
+    assert torch.equal(model.predict(images), whole[:, -1].argmax(-1))  # without a threshold, all blocks
