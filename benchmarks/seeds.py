@@ -15,12 +15,25 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "noprop_example.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import torch  # noqa: E402
+
+import noprop_example as noprop  # noqa: E402
 
 
 def mean(values: list[float], digits: int = 2) -> str:
     """Mean ± standard error over the seeds."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def ddpm(folder: Path) -> float:
+    """Test accuracy of a run's network with the reverse step's own weights."""
+    model = noprop.load(folder / "noprop_hybrid.pt")
+    model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
+    test = noprop.load_mnist(model.config.data_root, torch.device("cpu")).test
+    return noprop.evaluate(model, test, model.config)["accuracy"][-1]
 
 
 def main() -> int:
@@ -53,6 +66,7 @@ def main() -> int:
         ("seconds in all", lambda x: x["seconds_total"], 0),
     ):
         print(f"| {title} | {mean([read(x) for x in results], digits)} |")
+    print(f"| the same networks, inference with DDPM's weights | {mean([ddpm(x) for x in folders])} |")
     print(f"{name}: {arguments.seeds} seeds, {results[0]['epochs']} epochs, {results[0]['versions']}")
     return 0
 

@@ -21,6 +21,19 @@ def test_schedule_and_coefficients(num_blocks):
     torch.testing.assert_close(b**2 * (1 - before) + c, 1 - after)
 
 
+@pytest.mark.parametrize("equal_weights", [False, True])
+def test_z_is_a_running_mean_of_the_estimates(equal_weights):
+    """z_t/√ᾱ_t = Σ w_s û_s: equal weights, or the increments of SNR = ᾱ/(1-ᾱ), whose first share is z_0's."""
+    alpha_bar, estimates = noprop.cosine_schedule(10), torch.randn(10, 20, dtype=torch.float64)
+    a, b, _ = noprop.reverse_coefficients(alpha_bar, equal_weights)
+    z = torch.zeros(20, dtype=torch.float64)
+    for t in range(10):
+        z = a[t] * estimates[t] + b[t] * z
+    snr = alpha_bar / (1 - alpha_bar)
+    weights = torch.full((10,), 0.1).double() if equal_weights else snr.diff() / snr[-1]
+    torch.testing.assert_close(z / alpha_bar[-1].sqrt(), weights @ estimates)
+
+
 def test_schedule_values():
     expected = [0.001, 0.024, 0.094, 0.203, 0.341, 0.494, 0.647, 0.787, 0.899, 0.972, 0.999]
     torch.testing.assert_close(noprop.cosine_schedule(10), torch.tensor(expected).double(), atol=6e-4, rtol=0)
@@ -68,7 +81,8 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
     u, noise = embedding[label].double(), torch.Generator().manual_seed(0)
     z = torch.randn(u.shape, generator=noise, dtype=torch.float64)
     alpha_bar = noprop.cosine_schedule(10)
-    steps = noprop.reverse_process([Oracle()] * 10, u, z, alpha_bar, 1.0, noise)
+    steps = noprop.reverse_steps(alpha_bar, equal_weights=False)
+    steps = noprop.reverse_process([Oracle()] * 10, u, z, steps, 1.0, noise)
     for level, (u_hat, z) in zip(alpha_bar[1:].tolist(), steps, strict=True):  # noqa: B020
         residual = (z - level**0.5 * u) / (1 - level) ** 0.5  # N(0, I) if z is from q(z_t | y)
         assert abs(residual.mean().item()) < 3e-3
@@ -80,7 +94,7 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
 def test_blocks_have_the_stated_sizes():
     sizes = {name: noprop.DenoisingBlockPaper(**arguments) for name, arguments in noprop.BLOCKS.items()}
     sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in sizes.items()}
-    assert sizes == pytest.approx({"small": 51_000, "reference": 628_000}, rel=0.01)
+    assert sizes == pytest.approx({"small": 51_000, "wide": 188_000, "reference": 628_000}, rel=0.01)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 60])

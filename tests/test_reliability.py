@@ -62,7 +62,7 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     assert content["config"]["epochs"] == 2 and content["training"]["step"] == 8
     arguments = ["--resume", f"--output-dir={tmp_path}"]
-    fails(capsys, 2, [*arguments, "--lr=0.5"], "--lr 0.5 contradicts", "which has 0.01")
+    fails(capsys, 2, [*arguments, "--lr=0.5"], "--lr 0.5 contradicts", "which has 0.014")
     fails(capsys, 2, [*arguments, "--epochs=1"], "--epochs 1 contradicts")
     assert noprop.main([*tiny_flags(tmp_path / "new"), "--resume"]) == 0
     assert "Nothing to resume" in capsys.readouterr().out
