@@ -61,6 +61,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,10 +69,11 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 from tqdm import tqdm
 
 RUN_HPO = False  # True: search hyperparameters with Optuna; False: train. The flag --run-hpo does the same.
@@ -353,8 +355,11 @@ class Failure(Exception):
     """A run that can't go on: one line for the user, and the exit code (1: the machine, 2: the input)."""
 
     def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
+        super().__init__(message, code)
         self.code = code
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True)
@@ -387,6 +392,9 @@ class Config:
     ema_decay: float = 0.998  # at most, of the averaged weights that are evaluated; 0: no averaging
     augment: bool = True  # rotate, scale and shift the training images at random
     weights: Literal["equal", "ddpm"] = "equal"  # with which the blocks' û enter z_t in inference
+    embedding: Literal["learned", "fixed"] = "learned"  # fixed: the label embedding stays as it starts
+    blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for --merge
+    select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
     temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
     patience: int = 15  # stop after this many epochs without a better validation accuracy
     # What follows leaves the result as it is, and is not saved with it.
@@ -397,6 +405,8 @@ class Config:
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
     deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
+    embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
+    merge: tuple[Path, ...] = ()  # checkpoints of separately trained blocks: put them together
     evaluate: Path | None = None  # a checkpoint: print its test accuracy
     predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
     early_exit: float = 1.0  # of these two: an image leaves the chain once a class is more probable than this
@@ -426,10 +436,28 @@ class Config:
             raise ValueError("eta_loss_weight and lambda_global are both 0: the blocks would learn nothing")
         if self.temperature and self.weights != "ddpm":
             raise ValueError("a temperature above 0 samples, which takes --weights ddpm")
-        if sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume))) > 1:
-            raise ValueError("choose one of evaluate, predict, run_hpo (which goes on by itself) and resume")
+        if sum(map(bool, (self.evaluate, self.predict, self.merge, self.run_hpo, self.resume))) > 1:
+            raise ValueError("choose one of evaluate, predict, merge, run_hpo and resume")
+        if not all(1 <= t <= self.num_blocks for t in self.own_blocks):
+            raise ValueError(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
+        if len(set(self.own_blocks)) < max(1, len(self.own_blocks)):
+            raise ValueError(f"blocks must name blocks, each of them once, not {self.blocks}")
+        if self.blocks and self.embedding == "learned" and not self.embedding_from:
+            raise ValueError(
+                "blocks alone can't learn the embedding: add embedding_from, or a fixed embedding"
+            )
+        if self.blocks and self.run_hpo:
+            raise ValueError("run_hpo searches whole networks: leave blocks out")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise ValueError("early_exit goes with evaluate or predict")
+
+    @property
+    def own_blocks(self) -> list[int]:
+        """The blocks that this run trains, 1 ... T; raises ValueError where blocks can't be read."""
+        spans = [x.split("-") for x in (self.blocks or f"1-{self.num_blocks}").split(",")]
+        if not all(x.isdecimal() for span in spans for x in span) or any(len(span) > 2 for span in spans):
+            raise ValueError(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
+        return [t for span in spans for t in range(int(span[0]), int(span[-1]) + 1)]
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result."""
@@ -509,6 +537,63 @@ def augment(images: Tensor, noise: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
+# --- Processes ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Where torchrun has started several processes: connect them, and raise Failure (1) if one is missing."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=10))
+    except RuntimeError as error:
+        raise Failure(f"the processes did not find each other: {str(error).splitlines()[0]}", 1) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def collective(call: Callable, *arguments) -> None:
+    """A collective of torch.distributed; raises Failure (1) if another process is gone."""
+    if dist.is_initialized():
+        try:
+            call(*arguments)
+        except RuntimeError as error:
+            raise Failure(
+                "another process of this run is gone: --resume goes on from its last save", 1
+            ) from error
+
+
+def on_first(function: Callable, *arguments) -> Any:
+    """What function returns in the first process, in all of them; where it fails, all of them fail."""
+    outcome: list[Any] = [None, None]
+    if rank_and_size()[0] == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except (Failure, FloatingPointError, SystemExit) as error:
+            outcome[1] = error
+    collective(dist.broadcast_object_list, outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values."""
+    tensor = torch.tensor(value)
+    collective(dist.all_reduce, tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 # --- Training and evaluation -------------------------------------------------------------------------------
 
 
@@ -551,15 +636,29 @@ def flatten(part: nn.Module) -> nn.Parameter:
     return flat
 
 
+def part_names(blocks: list[int], num_blocks: int) -> list[str]:
+    """Names of the parts that are trained where these blocks are: the classifier goes with block T."""
+    return [f"blocks.{t - 1}" for t in blocks] + ["classifier"] * (num_blocks in blocks)
+
+
 class Training:
-    """All that changes while training: weights, their average, optimizers, position, history, selection."""
+    """All that changes while training: weights, their average, optimizers, position, history, selection.
+
+    A part is a block, the classifier or the embedding. Of several processes each trains own_blocks, the last
+    block's the classifier too, and all of them the embedding, alike; gather() brings everything to the first.
+    """
+
+    PLAIN = ("step", "lr", "seconds", "selected_epoch", "history")
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
+        rank, size = rank_and_size()
+        self.own_blocks = config.own_blocks[rank::size]
         self.model = build(config).to(device)
         self.averaged = copy.deepcopy(self.model).eval()
         self.parts, self.optimizers, self.tensors = {}, {}, {}  # by name
-        for name in [*(f"blocks.{i}" for i in range(config.num_blocks)), "classifier", "label_embedding"]:
+        everything = list(range(1, config.num_blocks + 1))
+        for name in [*part_names(everything, config.num_blocks), "label_embedding"]:
             modules = [network.get_submodule(name) for network in (self.averaged, self.model)]
             averaged, vector = (flatten(module) for module in modules)
             self.parts[name] = vector
@@ -571,7 +670,7 @@ class Training:
             statistics = ([x for x in module.buffers() if x.is_floating_point()] for module in modules)
             vectors = (averaged.detach(), vector.detach())
             self.tensors[name] = [[flat, *more] for flat, more in zip(vectors, statistics, strict=True)]
-        self.step, self.seconds, self.selected_epoch = 0, 0.0, 0
+        self.step, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0
         self.log: list[Tensor] = []  # what train_step() returned in the steps of this epoch
         self.history: list[dict[str, Any]] = []
         self.selected = self.averaged.state_dict()
@@ -590,19 +689,44 @@ class Training:
         torch._foreach_lerp_(averaged, current, 1 - decay)
         return norm
 
+    def states(self, name: str) -> list:
+        """What holds the state of a part."""
+        return [self.model.get_submodule(name), self.averaged.get_submodule(name), self.optimizers[name]]
+
+    def gather(self) -> None:
+        """Bring what each process has trained, and the log of this epoch, to the first process."""
+        rank, size = rank_and_size()
+        if size == 1:
+            return
+        names = part_names(self.own_blocks, self.config.num_blocks)
+        mine = {name: [state.state_dict() for state in self.states(name)] for name in names}
+        sent = tree_map_only(Tensor, Tensor.cpu, (mine, self.log))
+        received: list[Any] | None = [None] * size if rank == 0 else None
+        collective(dist.gather_object, sent, received)
+        if received is None:
+            self.log = [torch.zeros_like(row) for row in self.log]
+            return
+        for parts, _ in received[1:]:
+            for name, states in parts.items():
+                for holder, state in zip(self.states(name), states, strict=True):
+                    holder.load_state_dict(state)
+        self.log = [sum(rows).to(self.device) for rows in zip(*(log for _, log in received), strict=True)]
+
     def record(self, record: dict[str, Any], val_images: int) -> None:
-        """Append an epoch to the history, and select its weights by the one-standard-error rule.
+        """Append an epoch to the history, and select its weights, by default by the one-standard-error rule.
 
         Of the epochs within one standard error of the best validation accuracy, which that split can't tell
         apart, the last is selected: it has averaged more weights at a lower learning rate.
         """
         self.history.append(record)
-        best = max(record["val_accuracy"] for record in self.history)
-        if record["val_accuracy"] >= best - standard_error(best, val_images):
+        if self.config.select == "validation":
+            best = max(record["val_accuracy"] for record in self.history)
+            better = record["val_accuracy"] >= best - standard_error(best, val_images)
+        if self.config.select == "last" or better:
             self.selected, self.selected_epoch = copy.deepcopy(self.averaged.state_dict()), record["epoch"]
 
     def out_of_patience(self) -> bool:
-        if not self.history:
+        if not self.history or self.config.select == "last":
             return False
         best = max(self.history, key=lambda record: record["val_accuracy"])
         return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
@@ -612,18 +736,17 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """What going on takes, beside the config and the selected weights."""
-        plain = {
-            name: getattr(self, name) for name in ("step", "seconds", "selected_epoch", "history", "log")
-        }
+        plain = {name: getattr(self, name) for name in (*self.PLAIN, "log")}
         return plain | {name: part.state_dict() for name, part in self.stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any], selected: dict[str, Tensor]) -> None:
         """Go on where state_dict() was taken."""
         for name, part in self.stateful().items():
             part.load_state_dict(state[name])
-        for name in ("step", "seconds", "selected_epoch", "history"):
+        for name in self.PLAIN:
             setattr(self, name, state[name])
-        self.log = [entry.to(self.device) for entry in state["log"]]
+        mine = rank_and_size()[0] == 0  # the log of an epoch is a sum over processes
+        self.log = [entry.to(self.device) * mine for entry in state["log"]]
         self.selected = selected if self.history else self.selected
 
 
@@ -643,25 +766,30 @@ def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Ten
     noise = torch.randn(u.shape, generator=generator(config.seed, "noise", t, training.step)).to(u.device)
     block, level = model.blocks[t - 1], model.alpha_bar[t - 1].item()
     loss, u_hat = block_loss(block, image, u, noise, level, config.eta_loss_weight, config.lambda_global)
-    losses, names = [loss.detach()], [f"blocks.{t - 1}"]
+    losses = {f"blocks.{t - 1}": loss}
     if t == config.num_blocks:  # the classifier is the head of the last block
-        classifier_loss = F.cross_entropy(model.classifier(u_hat), label)
-        loss = loss + classifier_loss
-        losses, names = [*losses, classifier_loss.detach()], [*names, "classifier"]
-    loss.backward()
-    return losses, [training.update(name, lr) for name in names], u.grad
+        losses["classifier"] = F.cross_entropy(model.classifier(u_hat), label)
+    sum(losses.values()).backward()
+    return {name: (loss.detach(), training.update(name, lr)) for name, loss in losses.items()}, u.grad
 
 
 def train_step(training: Training, image: Tensor, label: Tensor, lr: float, parallel=map) -> Tensor:
-    """A step of every block, each alone; returns T + 1 losses, then T + 2 gradient norms, on the device."""
+    """A step of each of this process's blocks, alone; returns the step's row of the log, on the device.
+
+    It holds T + 1 losses, of blocks and classifier, and T + 2 gradient norms, of these and the embedding.
+    """
     u = training.model.label_embedding(label)  # (B, D)
-    blocks = range(1, training.config.num_blocks + 1)
-    steps = parallel(lambda t: train_block(training, t, image, u, label, lr), blocks)
-    losses, norms, gradients = zip(*steps, strict=True)
-    u.backward(sum(gradients))  # all that the blocks share
-    norm = training.update("label_embedding", lr)
+    steps = parallel(lambda t: train_block(training, t, image, u, label, lr), training.own_blocks)
+    results, gradients = zip(*steps, strict=True)
+    results = {name: pair for result in results for name, pair in result.items()}
+    zero = u.new_zeros(())
+    if training.config.embedding == "learned":
+        u.backward(sum(gradients))  # all that the blocks share
+        collective(dist.all_reduce, training.parts["label_embedding"].grad)
+        results["label_embedding"] = zero, training.update("label_embedding", lr)
     training.step += 1
-    return torch.stack([*sum(losses, []), *sum(norms, []), norm])
+    losses, norms = zip(*(results.get(name, (zero, zero)) for name in training.parts), strict=True)
+    return torch.stack([*losses[:-1], *norms])
 
 
 def train(
@@ -685,28 +813,39 @@ def train(
             image = to_float(images[batch])
             if config.augment:
                 image = augment(image, generator(config.seed, "augment", training.step))
-            lr = learning_rate(training.step / (steps * config.epochs), config)
-            training.log.append(train_step(training, image, labels[batch], lr, parallel))
+            training.lr = learning_rate(training.step / (steps * config.epochs), config)
+            training.log.append(train_step(training, image, labels[batch], training.lr, parallel))
             if labels.device.type == "cpu":  # elsewhere, to look at a value is to wait for it
                 check_finite(training)
             training.seconds += time.perf_counter() - started
             after_step()
         check_finite(training)
-        losses = torch.stack(training.log).mean(0).tolist()
-        val, test = (evaluate(training.averaged, split, config, parallel) for split in data[1:])
-        record = {
-            "epoch": epoch + 1,
-            "block_losses": losses[: config.num_blocks],
-            "classifier_loss": losses[config.num_blocks],
-            "val_accuracy": val["accuracy"][-1],
-            "val_loss": val["loss"][-1],
-            "test_accuracy": test["accuracy"][-1],
-            "lr": training.optimizers["classifier"].param_groups[0]["lr"],
-            "seconds": training.seconds,
-        }
+        training.gather()
+        record = on_first(epoch_record, training, data, parallel)
         training.log = []
         training.record(record, len(data.val.labels))
         yield record
+
+
+def epoch_record(training: Training, data: Data, parallel: Callable) -> dict[str, Any]:
+    """What the history says of an epoch that has ended; accuracies are None where blocks are missing."""
+    config, epoch = training.config, len(training.history) + 1
+    losses = torch.stack(training.log).mean(0).tolist()
+    record = {
+        "epoch": epoch,
+        "block_losses": losses[: config.num_blocks],
+        "classifier_loss": losses[config.num_blocks],
+        "lr": training.lr,
+        "seconds": training.seconds,
+    }
+    val = test = {"accuracy": [None], "loss": [None]}
+    if not config.blocks:
+        val, test = (evaluate(training.averaged, split, config, parallel) for split in data[1:])
+    return record | {
+        "val_accuracy": val["accuracy"][-1],
+        "val_loss": val["loss"][-1],
+        "test_accuracy": test["accuracy"][-1],
+    }
 
 
 def check_finite(training: Training) -> None:
@@ -776,7 +915,10 @@ def checksum(value: Any) -> str:
 
 
 def save_checkpoint(path: Path, training: Training) -> None:
-    """Write config, selected weights, and the state of the training. Raises Failure (1)."""
+    """Gather config, selected weights and the state of the training, and write them. Raises Failure (1)."""
+    training.gather()
+    if rank_and_size()[0]:
+        return
     check_finite(training)
     content = {"format": FORMAT, "config": training.config.saved(), "made_with": made_with(training.device)}
     content |= {"model": training.selected, "training": training.state_dict()}
@@ -830,7 +972,8 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
         (accuracies, "test_accuracy", orange, "s", "test (decides nothing), at the end {:.2f} %"),
         (rates, "lr", green, "o", "at the end of the epoch"),
     ):
-        x, y = [record["epoch"] for record in history], [np.mean(record[name]) for record in history]
+        x = [record["epoch"] for record in history]
+        y = [np.mean(np.array(record[name], float)) for record in history]  # None becomes nan
         axes.plot(x, y, color=color, marker=marker, markersize=4, label=label.format(*y[-1:] or [math.nan]))
     cuts, error = range(1, len(chain) + 1), [standard_error(accuracy, 10_000) for accuracy in chain]
     label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
@@ -938,31 +1081,34 @@ def evaluate_checkpoint(config: Config, device: torch.device) -> None:
     print(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %.")
 
 
+CONTROL_STEPS = 10  # several processes agree so often whether to save or to stop
+
 # --- Runs --------------------------------------------------------------------------------------------------
 
 
-def catch_signals() -> Callable[[], None]:
-    """A check() that raises KeyboardInterrupt after Ctrl-C or SIGTERM; the second of them leaves at once."""
+def catch_signals() -> Callable[[], int]:
+    """A function that tells the number of the first SIGINT or SIGTERM, or 0; the second leaves at once.
+
+    Not so under torchrun, which hands on what the terminal has sent to all already.
+    """
     received: list[int] = []
 
     def note(number: int, _frame) -> None:
-        if received:
+        if received and not dist.is_initialized():
             os._exit(128 + number)
         received.append(number)
 
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt(received[0])
-
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
-    return check
+    return lambda: received[0] if received else 0
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; for "auto" the accelerator if there is one, else the CPU. Raises Failure."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+        if name == "cuda" and dist.is_initialized():
+            name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -978,14 +1124,20 @@ def made_with(device: torch.device) -> dict[str, str]:
 def output_folder(folder: Path) -> Iterator[None]:
     """Make the folder, try to write into it, and keep other runs out while this lasts. Raises Failure."""
     lock = FileLock(folder / ".noprop_hybrid.lock", timeout=0)  # goes when its owner dies
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        lock.acquire()
-    except Timeout as error:
-        raise Failure(f"another run writes into {folder}: wait, or choose another --output-dir") from error
-    except OSError as error:
-        raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
+
+    def acquire() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            lock.acquire()
+        except Timeout as error:
+            raise Failure(
+                f"another run writes into {folder}: wait, or choose another --output-dir"
+            ) from error
+        except OSError as error:
+            raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
+
+    on_first(acquire)
     try:
         yield
     finally:
@@ -994,24 +1146,39 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 def begin(config: Config, device: torch.device, path: Path) -> Training:
     """A new training, keeping an older checkpoint under another name; or, with --resume, the checkpoint's."""
-    training, previous = Training(config, device), path.with_suffix(".previous.pt")
-    if path.exists() and config.resume:
-        content = read_checkpoint(path)
+    training, content = Training(config, device), on_first(previous, config, device, path)
+    if content:
         try:
             training.load_state_dict(content["training"], content["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Failure(
                 f"{path} was not made by this version of the script; start without --resume"
             ) from error
-        print(f"Resuming {path}: {len(training.history)} epochs and {training.step} steps are done.")
+    elif config.embedding_from:
+        embedding = load(config.embedding_from).label_embedding.state_dict()
+        if embedding["weight"].shape != training.model.label_embedding.weight.shape:
+            raise Failure(f"the label embedding of {config.embedding_from} is of another --embed-dim")
+        for network in (training.model, training.averaged):
+            network.label_embedding.load_state_dict(embedding)
+    return training
+
+
+def previous(config: Config, device: torch.device, path: Path) -> dict[str, Any] | None:
+    """The checkpoint to resume, or None after moving an older one out of the way."""
+    if path.exists() and config.resume:
+        content = read_checkpoint(path)
+        history, step = (content["training"].get(name) for name in ("history", "step"))
+        print(f"Resuming {path}: {len(history or [])} epochs and {step} steps are done.")
         if content["made_with"] != made_with(device):
             print(f"It won't be exact to the bit: {content['made_with']} is now {made_with(device)}.")
-    elif path.exists():
-        os.replace(path, previous)
-        print(f"Kept the older {path} as {previous}.")
+        return content
+    if path.exists():
+        older = path.with_suffix(".previous.pt")
+        os.replace(path, older)
+        print(f"Kept the older {path} as {older}.")
     elif config.resume:
         print(f"Nothing to resume at {path}: starting from the beginning.")
-    return training
+    return None
 
 
 def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, Any]:
@@ -1021,6 +1188,7 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
     norm_start = model.label_embedding.weight.norm(dim=1).mean().item()
     model.load_state_dict(training.selected)
     val, test = (evaluate(model, split, config, parallel) for split in data[1:])
+    seen = [x["test_accuracy"] for x in history if x["test_accuracy"] is not None]
     return {
         "config": config.saved(),
         "seed": config.seed,
@@ -1031,7 +1199,7 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
         "seconds": training.seconds,
         "val_accuracy": val["accuracy"][-1],
         "test_accuracy": test["accuracy"][-1],
-        "best_test_accuracy": max(x["test_accuracy"] for x in history) if history else test["accuracy"][-1],
+        "best_test_accuracy": max(seen, default=test["accuracy"][-1]),
         "test_accuracy_by_blocks": test["accuracy"],
         "test_accuracy_average": test["average"],
         "embedding_norm_start": norm_start,
@@ -1064,49 +1232,143 @@ Files            noprop_hybrid.pt, noprop_hybrid.json, training_progress_hybrid.
 Folder           {folder.resolve()}""")
 
 
+def finish(training: Training, data: Data, parallel: Callable, started: float) -> None:
+    """Evaluate the selected weights, write the summary and the pictures."""
+    folder, summary = training.config.output_dir, summarize(training, data, parallel)
+    draw_denoising(folder / "denoising.png", load(folder / "noprop_hybrid.pt", training.device), data.test)
+    draw_progress(folder / "training_progress_hybrid.png", summary)
+    summary["seconds_total"] = time.perf_counter() - started
+    write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
+    print_summary(summary, folder)
+
+
+def epoch_line(record: dict[str, Any], config: Config) -> str:
+    losses = [record["block_losses"][t - 1] for t in config.own_blocks]
+    accuracies = "" if config.blocks else "validation {val_accuracy:.2f} %, test {test_accuracy:.2f} %  "
+    return (
+        f"epoch {record['epoch']:>3}/{config.epochs}  loss of blocks {np.mean(losses):.4f}, "
+        f"classifier {record['classifier_loss']:.4f}  {accuracies.format(**record)}"
+        f"lr {record['lr']:.6f}  {record['seconds']:.0f} s"
+    )
+
+
 def run(config: Config, device: torch.device) -> int:
     """Train, evaluate, write all files; returns the exit code."""
-    started, folder, code, check = time.perf_counter(), config.output_dir, 0, catch_signals()
-    data, path = load_mnist(config.data_root, device, config.train_images), folder / "noprop_hybrid.pt"
-    with output_folder(folder), workers(device, config.threads) as parallel:
+    started, code, signalled = time.perf_counter(), 0, catch_signals()
+    data, path = (
+        load_mnist(config.data_root, device, config.train_images),
+        config.output_dir / "noprop_hybrid.pt",
+    )
+    rank, size = rank_and_size()
+    if size > len(config.own_blocks):
+        raise Failure(
+            f"{size} processes for {len(config.own_blocks)} blocks: start at most as many as blocks"
+        )
+    with output_folder(config.output_dir), workers(device, config.threads) as parallel:
         training = begin(config, device, path)
-        parameters = sum(parameter.numel() for parameter in training.model.parameters())
-        images, steps = len(data.train.labels), config.epochs * (len(data.train.labels) // config.batch_size)
-        print(f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} parameters; {images:,} images")
-        bar = tqdm(total=steps, initial=training.step, disable=None, unit="step", leave=False)
+        steps = config.epochs * (len(data.train.labels) // config.batch_size)
+        bar = tqdm(total=steps, initial=training.step, disable=rank > 0 or None, unit="step", leave=False)
+        if rank == 0:
+            parameters, images = sum(x.numel() for x in training.model.parameters()), len(data.train.labels)
+            print(
+                f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} weights; {images:,} images"
+            )
         due = time.monotonic() + 60 * config.checkpoint_minutes
 
         def after_step() -> None:
             nonlocal due
             bar.update()
-            check()
-            if time.monotonic() > due:
+            if training.step % CONTROL_STEPS and size > 1:
+                return
+            wish = largest(signalled() or int(time.monotonic() > due))
+            if wish == 1:
                 save_checkpoint(path, training)
                 due = time.monotonic() + 60 * config.checkpoint_minutes
+            elif wish:
+                raise KeyboardInterrupt(wish)
 
         try:
             for record in train(training, data, parallel, after_step):
                 save_checkpoint(path, training)
-                bar.write(
-                    f"epoch {record['epoch']:>3}/{config.epochs}  loss of blocks "
-                    f"{np.mean(record['block_losses']):.4f}, classifier {record['classifier_loss']:.4f}  "
-                    f"validation {record['val_accuracy']:.2f} %, test {record['test_accuracy']:.2f} %  "
-                    f"lr {record['lr']:.6f}  {record['seconds']:.0f} s"
-                )
-                check()
+                if rank == 0:
+                    bar.write(epoch_line(record, config))
+                if number := largest(signalled()):
+                    raise KeyboardInterrupt(number)
         except KeyboardInterrupt as interrupt:
             code = 128 + interrupt.args[0]
             save_checkpoint(path, training)
-            bar.write(f"Stopped after step {training.step} of {steps}; the same with --resume goes on.")
+            if rank == 0:
+                bar.write(f"Stopped after step {training.step} of {steps}; the same with --resume goes on.")
         finally:
             bar.close()
-        summary = summarize(training, data, parallel)
-        draw_denoising(folder / "denoising.png", load(path, device), data.test)
-        draw_progress(folder / "training_progress_hybrid.png", summary)
-        summary["seconds_total"] = time.perf_counter() - started
-        write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
-    print_summary(summary, folder)
+        if config.blocks and rank == 0:
+            print(f"Blocks {config.blocks} are in {path}; --merge puts them and the others together.")
+        elif rank == 0:
+            finish(training, data, parallel, started)
     return code
+
+
+def merge(config: Config, device: torch.device) -> int:
+    """Put the separately trained blocks of --merge together, evaluate, write all files."""
+    started, path = time.perf_counter(), config.output_dir / "noprop_hybrid.pt"
+    merged = merged_checkpoint(config.merge)
+    whole = dataclasses.replace(merged["config"], output_dir=config.output_dir)
+    data = load_mnist(config.data_root, device, whole.train_images)
+    with output_folder(config.output_dir), workers(device, config.threads) as parallel:
+        previous(whole, device, path)
+        training = Training(whole, device)
+        training.load_state_dict(merged["training"], merged["model"])
+        save_checkpoint(path, training)
+        finish(training, data, parallel, started)
+    return 0
+
+
+def merged_checkpoint(paths: tuple[Path, ...]) -> dict[str, Any]:
+    """Config, selected weights and training state of separately trained blocks. Raises Failure."""
+    contents = [read_checkpoint(path) for path in paths]
+    configs = [load(path).config for path in paths]  # raises Failure for what an older version has made
+    check_parts(paths, contents, configs)
+    whole, exchange = contents[0], not configs[0].blocks
+    for part, config in zip(contents[1:], configs[1:], strict=True):
+        names = part_names(config.own_blocks, config.num_blocks)
+        prefixes = tuple(f"{name}." for name in names)
+        for old, new in ((whole, part), (whole["training"], part["training"])):
+            for network in {"model", "averaged"} & set(old):
+                tensors = new[network].items()
+                old[network].update({name: x for name, x in tensors if name.startswith(prefixes)})
+        whole["training"].update({name: part["training"][name] for name in names})
+        for mine, more in (
+            [] if exchange else zip(*(x["training"]["history"] for x in (whole, part)), strict=True)
+        ):
+            mine["block_losses"] = np.add(mine["block_losses"], more["block_losses"]).tolist()
+            mine["classifier_loss"] += more["classifier_loss"]
+    return whole | {"config": dataclasses.replace(configs[0], blocks=None)}
+
+
+def check_parts(paths: tuple[Path, ...], contents: list[dict[str, Any]], configs: list[Config]) -> None:
+    """Raise Failure where checkpoints do not belong together.
+
+    All blocks must be there once, trained alike; but where the first file is a whole network, later ones take
+    the place of its blocks, and need only fit.
+    """
+    exchange, whole = not configs[0].blocks, contents[0]
+    names = ("num_blocks", "embed_dim", "block", "target") if exchange else set(whole["config"]) - {"blocks"}
+    for path, part in zip(paths, contents, strict=True):
+        for name in sorted(names):
+            here, there = part["config"][name], whole["config"][name]
+            if here != there:
+                raise Failure(f"{path} and {paths[0]} differ in {name}: {here} and {there}")
+        if not torch.equal(*(x["model"]["label_embedding.weight"] for x in (part, whole))):
+            raise Failure(f"{path} and {paths[0]} have different label embeddings")
+        if part["training"]["step"] != whole["training"]["step"] and not exchange:
+            raise Failure(f"{path} and {paths[0]} were not trained equally long: --resume goes on")
+    for t in range(1, configs[0].num_blocks + 1):
+        pairs = list(zip(paths, configs, strict=True))[exchange:]
+        files = [str(path) for path, config in pairs if t in config.own_blocks]
+        if len(files) > 1:
+            raise Failure(f"block {t} is in {' and in '.join(files)}")
+        if not files and not exchange:
+            raise Failure(f"no file has block {t}")
 
 
 # --- Search ------------------------------------------------------------------------------------------------
@@ -1127,7 +1389,11 @@ def search(config: Config, device: torch.device) -> Config:
     """The best config, by validation accuracy, of a study in noprop_hpo.db; a study begun earlier goes on."""
     import optuna
 
-    data, check = load_mnist(config.data_root, device, config.train_images), catch_signals()
+    data, signalled = load_mnist(config.data_root, device, config.train_images), catch_signals()
+
+    def check() -> None:
+        if number := signalled():
+            raise KeyboardInterrupt(number)
 
     def objective(trial) -> float:
         trial_config = dataclasses.replace(config, epochs=config.hpo_epochs, **suggest(trial))
@@ -1165,8 +1431,11 @@ def read_config(arguments: list[str] | None = None) -> Config:
 
     first = tyro.cli(Config, args=arguments)
     path = first.output_dir / "noprop_hybrid.pt"
+    implied: dict[str, Any] = {"embedding": "fixed"} if first.embedding_from else {}
+    implied |= {"select": "last"} if first.blocks else {}
     if not (first.resume and path.exists()):
-        return tyro.cli(Config, args=arguments, default=Config(preset=first.preset, **PRESETS[first.preset]))
+        default = Config(preset=first.preset, **PRESETS[first.preset] | implied)
+        return tyro.cli(Config, args=arguments, default=default)
     saved = read_checkpoint(path)["config"]
     given = tyro.cli(Config, args=arguments, default=Config(**saved))
     for name, value in saved.items():
@@ -1178,20 +1447,33 @@ def read_config(arguments: list[str] | None = None) -> Config:
     return given
 
 
+def execute(arguments: list[str] | None) -> int:
+    """Do what the command line asks for; returns the exit code."""
+    config = on_first(read_config, arguments)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device = pick_device(config.device)
+    if (config.predict or config.evaluate or config.merge or config.run_hpo) and rank_and_size()[1] > 1:
+        raise Failure("torchrun is for training: start this without it")
+    if config.predict or config.evaluate:
+        classify(config, device) if config.predict else evaluate_checkpoint(config, device)
+        return 0
+    if config.merge:
+        return merge(config, device)
+    return run(search(config, device) if config.run_hpo else config, device)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0; 1: the machine lacks something; 2: bad input; 3: not finite; 130, 143: signals."""
     try:
-        config = read_config(arguments)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        device = pick_device(config.device)
-        if config.predict or config.evaluate:
-            classify(config, device) if config.predict else evaluate_checkpoint(config, device)
-            return 0
-        return run(search(config, device) if config.run_hpo else config, device)
+        with processes():
+            return execute(arguments)
     except (Failure, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if (
+            os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "code", 3) != 2
+        ):  # all have the same input
+            print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 3)
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args or [signal.SIGINT])[0]

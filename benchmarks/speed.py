@@ -69,7 +69,7 @@ def interleaved(contestants: dict[str, Callable[[], object]], repeats: int) -> d
 
 
 def spread(values: list[float], unit: float = 1e3, digits: int = 1) -> str:
-    """Median and quartiles of sorted seconds."""
+    """Median (and quartiles) of sorted seconds, in milliseconds."""
     low, middle, high = (values[round(q * (len(values) - 1))] * unit for q in (0.25, 0.5, 0.75))
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
@@ -95,14 +95,27 @@ def parallel(threads: int = THREADS):
         yield pool
 
 
-def noprop_step(training: Training, batch: tuple[Tensor, Tensor], threads: int = THREADS) -> Callable:
-    """A call that makes one step of the script's own training, blocks side by side."""
+STEPS = 8  # in one call, so that starting threads does not count
 
-    def step():
-        with parallel(threads) as pool:
-            noprop.train_step(training, *batch, 1e-3, pool)
 
-    return step
+def times(step: Callable[[], object]) -> Callable[[], None]:
+    """A call of STEPS steps."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return steps
+
+
+def noprop_steps(training: Training, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """A call that makes STEPS steps of the script's own training, blocks side by side."""
+
+    def steps() -> None:
+        with parallel() as pool:
+            times(lambda: noprop.train_step(training, *batch, 1e-3, pool))()
+
+    return steps
 
 
 class Backprop:
@@ -175,40 +188,34 @@ def machine() -> None:
         )
 
 
-def step(repeats: int = 25) -> None:
+def step(rounds: int = 9) -> None:
     """Time and model-FLOPs utilisation of a training step; against the naive order and the backprop twin."""
+    a = torch.rand(1024, 1024, device=DEVICE)
     for name in ("default", "accurate", "reference"):
         config = preset(name)
         batch, training, twin = random_batch(config.batch_size), Training(config, DEVICE), Backprop(config)
         work = flops(lambda t=training, b=batch: noprop.train_step(t, *b, 1e-3))
         twin_work = flops(lambda t=twin, b=batch: t.step(*b, 1e-3))
-        a = torch.rand(1024, 1024, device=DEVICE)
-        times = interleaved(
+        seconds = interleaved(
             {
-                "ours": noprop_step(training, batch),
-                "in turn": lambda t=training, b=batch: noprop.train_step(t, *b, 1e-3),
-                "twin": lambda t=twin, b=batch: t.step(*b, 1e-3),
-                "matmul": lambda a=a: [a @ a for _ in range(4)],
+                "ours": noprop_steps(training, batch),
+                "in turn": times(lambda t=training, b=batch: noprop.train_step(t, *b, 1e-3)),
+                "twin": times(lambda t=twin, b=batch: t.step(*b, 1e-3)),
+                "matmul": times(lambda: a @ a),
             },
-            repeats if name == "default" else max(3, repeats // 4),
+            rounds if name == "default" else 3,
         )
-        ours, in_turn, twins, matmul = (statistics.median(x) for x in times.values())
-        peak = max(8 * 1024**3 / times["matmul"][0] / 1e9, RESULTS.get("float32 matmul peak, GFLOP/s", 0))
-        rate = work / ours / 1e9
+        ours, in_turn, twins, matmul = ([x / STEPS for x in values] for values in seconds.values())
+        peak, rate = 2e-9 * 1024**3 / matmul[0], work / statistics.median(ours) / 1e9
         report(f"{name}: GFLOP a step of {config.batch_size} images", work / 1e9, f"{work / 1e9:.2f}")
-        report(f"{name}: ms a step (quartiles)", ours * 1e3, spread(times["ours"]))
-        report(f"{name}: MFU of a step, float32 peak {peak:.0f} GFLOP/s", rate / peak, f"{rate / peak:.0%}")
+        report(f"{name}: ms a step", statistics.median(ours) * 1e3, spread(ours))
         report(
-            f"{name}: ms a step, one block after another on all cores",
-            in_turn * 1e3,
-            spread(times["in turn"]),
+            f"{name}: MFU (float32 peak {peak:.0f} GFLOP/s in this minute)", rate / peak, f"{rate / peak:.0%}"
         )
-        report(f"{name}: ms a step of the backprop twin", twins * 1e3, spread(times["twin"]))
-        report(
-            f"{name}: ours ÷ backprop twin, time (FLOPs: {work / twin_work:.2f})",
-            ours / twins,
-            f"{ours / twins:.2f}",
-        )
+        report(f"{name}: ms a step, blocks in turn, each on all cores", in_turn, spread(in_turn))
+        report(f"{name}: ms a step, backprop twin", twins, spread(twins))
+        ratio = statistics.median(ours) / statistics.median(twins)
+        report(f"{name}: ours ÷ twin, time (FLOPs: {work / twin_work:.2f})", ratio, f"{ratio:.2f}")
 
 
 def profile(repeats: int = 10) -> None:
@@ -315,15 +322,15 @@ def memory(batch_size: int = 256) -> None:
             )
             report("activations, T = 50 ÷ T = 1, one block after another", ratio, f"{ratio:.2f}")
         if blocks == 10:
-            times = interleaved(
+            seconds = interleaved(
                 {
-                    "ours": noprop_step(training, batch),
-                    "whole": lambda t=twin: t.step(*batch, 1e-3),
-                    "parts": lambda t=twin: t.step(*batch, 1e-3, parts=10),
+                    "ours": noprop_steps(training, batch),
+                    "whole": times(lambda t=twin: t.step(*batch, 1e-3)),
+                    "parts": times(lambda t=twin: t.step(*batch, 1e-3, parts=10)),
                 },
-                9,
+                3,
             )
-            ours, whole, parts = (statistics.median(x) for x in times.values())
+            ours, whole, parts = (statistics.median(x) for x in seconds.values())
             report("T = 10: twin in ten parts ÷ twin, time", parts / whole, f"{parts / whole:.2f}")
             report("T = 10: ours ÷ twin in ten parts, time", ours / parts, f"{ours / parts:.2f}")
 
@@ -348,9 +355,9 @@ def original() -> float:
         with torch.no_grad():
             last(image, u, 0.9)
 
-    times = interleaved({"step": one}, 15)["step"]
-    seconds = statistics.median(times) * 100 * 10 * 469
-    report("original recipe, ms a block step (quartiles)", statistics.median(times) * 1e3, spread(times))
+    measured = interleaved({"step": one}, 15)["step"]
+    seconds = statistics.median(measured) * 100 * 10 * 469
+    report("original recipe, ms a block step", statistics.median(measured) * 1e3, spread(measured))
     report(
         "original recipe, hours (100 epochs × 10 blocks × 469 steps)", seconds / 3600, f"{seconds / 3600:.1f}"
     )
@@ -392,9 +399,9 @@ def runs(number: int) -> None:
     ratio = statistics.median(ratios)
     report("original recipe's cost ÷ our whole run", ratio, f"{ratio:.0f}")
     for accuracy in (99.0, 99.4, 99.5):
-        times = [selected_time(x["history"], 5000, accuracy) for x in summaries]
-        text = ", ".join("never" if x is None else f"{x:.0f}" for x in times)
-        report(f"default run: seconds of training to {accuracy} % test, by seed", times, text)
+        reached = [selected_time(x["history"], 5000, accuracy) for x in summaries]
+        text = ", ".join("never" if x is None else f"{x:.0f}" for x in reached)
+        report(f"default run: seconds of training to {accuracy} % test, by seed", reached, text)
     mean = statistics.mean(x["test_accuracy"] for x in summaries)
     report(f"default run: test accuracy, mean of {number}", mean, f"{mean:.2f}")
     data = noprop.load_mnist(Config().data_root, DEVICE)
@@ -416,7 +423,7 @@ def inference(number: int) -> None:
     one.blocks, one.steps = one.blocks[:1], one.steps[:1]
     for size in (1, 1000):
         images = data.test.images[:size]
-        times = interleaved(
+        seconds = interleaved(
             {
                 "chain": lambda i=images: models[0].predict(i),
                 "block 1": lambda i=images: one.predict(i),
@@ -424,7 +431,7 @@ def inference(number: int) -> None:
             },
             25,
         )
-        for name, values in times.items():
+        for name, values in seconds.items():
             rate = size / statistics.median(values)
             report(f"images a second, batch {size}, {name}", rate, f"{rate:,.0f}")
     for threshold in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0):
