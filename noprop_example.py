@@ -369,9 +369,7 @@ class Config:
     Without arguments: train with the default settings, evaluate, save the network and two pictures.
     """
 
-    preset: Literal["default", "accurate", "reference"] = (
-        "default"  # settings to start from; flags win over them
-    )
+    preset: Literal["default", "accurate", "reference"] = "default"  # where settings start; flags win
     seed: int = 0  # decides weights, order, augmentation and noise
     epochs: int = 12  # passes over the training split, each of which trains all blocks
     batch_size: int = 512  # images a step; an incomplete last batch is left out
@@ -442,10 +440,6 @@ class Config:
             raise ValueError(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
         if len(set(self.own_blocks)) < max(1, len(self.own_blocks)):
             raise ValueError(f"blocks must name blocks, each of them once, not {self.blocks}")
-        if self.blocks and self.embedding == "learned" and not self.embedding_from:
-            raise ValueError(
-                "blocks alone can't learn the embedding: add embedding_from, or a fixed embedding"
-            )
         if self.blocks and self.run_hpo:
             raise ValueError("run_hpo searches whole networks: leave blocks out")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
@@ -457,7 +451,8 @@ class Config:
         spans = [x.split("-") for x in (self.blocks or f"1-{self.num_blocks}").split(",")]
         if not all(x.isdecimal() for span in spans for x in span) or any(len(span) > 2 for span in spans):
             raise ValueError(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
-        return [t for span in spans for t in range(int(span[0]), int(span[-1]) + 1)]
+        last = self.num_blocks + 1  # is out of range, and enough of it
+        return [t for span in spans for t in range(int(span[0]), min(int(span[-1]), last) + 1)]
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result."""
@@ -568,9 +563,7 @@ def collective(call: Callable, *arguments) -> None:
         try:
             call(*arguments)
         except RuntimeError as error:
-            raise Failure(
-                "another process of this run is gone: --resume goes on from its last save", 1
-            ) from error
+            raise Failure("another process of this run is gone: --resume goes on", 1) from error
 
 
 def on_first(function: Callable, *arguments) -> Any:
@@ -1187,6 +1180,7 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
     model = build(config).to(device).eval()
     norm_start = model.label_embedding.weight.norm(dim=1).mean().item()
     model.load_state_dict(training.selected)
+    norm_end = model.label_embedding.weight.norm(dim=1).mean().item()
     val, test = (evaluate(model, split, config, parallel) for split in data[1:])
     seen = [x["test_accuracy"] for x in history if x["test_accuracy"] is not None]
     return {
@@ -1202,8 +1196,8 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
         "best_test_accuracy": max(seen, default=test["accuracy"][-1]),
         "test_accuracy_by_blocks": test["accuracy"],
         "test_accuracy_average": test["average"],
-        "embedding_norm_start": norm_start,
-        "embedding_norm_end": model.label_embedding.weight.norm(dim=1).mean().item(),
+        "embedding_norm_start": norm_end if config.embedding == "fixed" else norm_start,
+        "embedding_norm_end": norm_end,
         "history": history,
     }
 
@@ -1255,24 +1249,17 @@ def epoch_line(record: dict[str, Any], config: Config) -> str:
 def run(config: Config, device: torch.device) -> int:
     """Train, evaluate, write all files; returns the exit code."""
     started, code, signalled = time.perf_counter(), 0, catch_signals()
-    data, path = (
-        load_mnist(config.data_root, device, config.train_images),
-        config.output_dir / "noprop_hybrid.pt",
-    )
-    rank, size = rank_and_size()
+    data = load_mnist(config.data_root, device, config.train_images)
+    path, (rank, size) = config.output_dir / "noprop_hybrid.pt", rank_and_size()
     if size > len(config.own_blocks):
-        raise Failure(
-            f"{size} processes for {len(config.own_blocks)} blocks: start at most as many as blocks"
-        )
+        raise Failure(f"{size} processes for {len(config.own_blocks)} blocks: start at most one a block")
     with output_folder(config.output_dir), workers(device, config.threads) as parallel:
         training = begin(config, device, path)
         steps = config.epochs * (len(data.train.labels) // config.batch_size)
         bar = tqdm(total=steps, initial=training.step, disable=rank > 0 or None, unit="step", leave=False)
         if rank == 0:
-            parameters, images = sum(x.numel() for x in training.model.parameters()), len(data.train.labels)
-            print(
-                f"NoProp on {device}: {config.num_blocks} blocks, {parameters:,} weights; {images:,} images"
-            )
+            weights, images = sum(x.numel() for x in training.model.parameters()), len(data.train.labels)
+            print(f"NoProp on {device}: {config.num_blocks} blocks, {weights:,} weights; {images:,} images")
         due = time.monotonic() + 60 * config.checkpoint_minutes
 
         def after_step() -> None:
@@ -1435,7 +1422,12 @@ def read_config(arguments: list[str] | None = None) -> Config:
     implied |= {"select": "last"} if first.blocks else {}
     if not (first.resume and path.exists()):
         default = Config(preset=first.preset, **PRESETS[first.preset] | implied)
-        return tyro.cli(Config, args=arguments, default=default)
+        given = tyro.cli(Config, args=arguments, default=default)
+        if given.blocks and (given.embedding, given.select) != ("fixed", "last"):
+            raise Failure("--blocks takes --embedding fixed (or --embedding-from) and --select last")
+        if given.embedding_from and given.embedding != "fixed":
+            raise Failure("--embedding-from freezes the embedding that it takes: leave --embedding out")
+        return given
     saved = read_checkpoint(path)["config"]
     given = tyro.cli(Config, args=arguments, default=Config(**saved))
     for name, value in saved.items():

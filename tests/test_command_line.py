@@ -52,6 +52,14 @@ def test_files_of_a_run(trained, capsys):
     assert f"Test accuracy {summary['test_accuracy']:.2f} ±" in capsys.readouterr().out
 
 
+def test_evaluation_with_early_exit(trained, capsys):
+    assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt"), "--early-exit", "0.8"]) == 0
+    found = re.match(
+        r"Early exit: (.*) of 10 blocks an image.\nTest accuracy (.*) ±", capsys.readouterr().out
+    )
+    assert 1 < float(found[1]) < 5 and float(found[2]) > 97
+
+
 def test_an_older_checkpoint_is_kept(flags, tmp_path, capsys):
     assert noprop.main(flags) == 0
     older = (tmp_path / "noprop_hybrid.pt").read_bytes()
