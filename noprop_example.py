@@ -625,7 +625,7 @@ def flatten(part: nn.Module) -> nn.Parameter:
     flat = nn.Parameter(torch.cat([x.detach().as_strided((x.numel(),), (1,)) for x in parameters]))
     flat.grad, sizes = torch.zeros_like(flat), [x.numel() for x in parameters]
     for x, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
-        x.data, x.grad = (v.as_strided(x.shape, x.stride(), v.storage_offset()) for v in (data, grad))
+        x.data, x.grad = (v.as_strided(x.shape, x.stride()) for v in (data, grad))
     return flat
 
 
@@ -1189,6 +1189,7 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
         "device": str(device),
         "versions": made_with(device),
         "epochs": len(history),
+        "finished": len(history) == config.epochs or training.out_of_patience(),
         "selected_epoch": training.selected_epoch,
         "seconds": training.seconds,
         "val_accuracy": val["accuracy"][-1],

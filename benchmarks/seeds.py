@@ -36,6 +36,11 @@ def ddpm(folder: Path) -> float:
     return noprop.evaluate(model, test, model.config)["accuracy"][-1]
 
 
+def finished(path: Path) -> bool:
+    """Whether a run has come to its end, and was not stopped."""
+    return path.exists() and json.loads(path.read_text())["finished"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -45,7 +50,7 @@ def main() -> int:
     arguments, flags = parser.parse_known_args()
     name = "-".join(flag.lstrip("-") for flag in flags) or "default"
     folders = [Path("runs") / name / f"seed{seed}" for seed in range(arguments.seeds)]
-    waiting = [x for x in enumerate(folders) if not (x[1] / "noprop_hybrid.json").exists()]
+    waiting = [x for x in enumerate(folders) if not finished(x[1] / "noprop_hybrid.json")]
     for start in range(0, len(waiting), arguments.at_once):
         command = [sys.executable, str(SCRIPT), "--resume", *flags]
         jobs = [

@@ -210,7 +210,7 @@ def step(rounds: int = 9) -> None:
         rate = work / statistics.median(ours) / 1e9
         report(f"{name}: GFLOP a step of {config.batch_size} images", work / 1e9, f"{work / 1e9:.2f}")
         report(f"{name}: ms a step", statistics.median(ours) * 1e3, spread(ours))
-        report(f"{name}: MFU (float32 peak so far: {peak:.0f} GFLOP/s)", rate / peak, f"{rate / peak:.0%}")
+        report(f"{name}: MFU", rate / peak, f"{rate / peak:.0%} of {peak:.0f} GFLOP/s")
         report(f"{name}: ms a step, blocks in turn, each on all cores", in_turn, spread(in_turn))
         report(f"{name}: ms a step, backprop twin", twins, spread(twins))
         ratio = statistics.median(ours) / statistics.median(twins)

@@ -36,7 +36,8 @@ def fails(capsys, code: int, arguments: list[str], *words: str) -> None:
 
 def test_files_of_a_run(trained, capsys):
     summary = json.loads((trained / "noprop_hybrid.json").read_text())
-    assert summary["epochs"] == len(summary["history"]) == 1 and summary["seed"] == 0
+    assert summary["epochs"] == len(summary["history"]) == 1 and summary["finished"]
+    assert summary["seed"] == 0
     by_blocks = summary["test_accuracy_by_blocks"]
     assert len(by_blocks) == 10 and by_blocks[-1] == summary["test_accuracy"] == summary["best_test_accuracy"]
     assert summary["embedding_norm_start"] == pytest.approx(1) != summary["embedding_norm_end"]
@@ -247,7 +248,7 @@ def test_signals_leave_whole_files(tmp_path, number, code):
     assert process.returncode == code and errors == "" and "Test accuracy" in output
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     summary = json.loads((tmp_path / "noprop_hybrid.json").read_text())
-    assert 1 <= summary["epochs"] == len(checkpoint["training"]["history"]) < 50
+    assert 1 <= summary["epochs"] == len(checkpoint["training"]["history"]) < 50 and not summary["finished"]
     assert {"training_progress_hybrid.png", "denoising.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
