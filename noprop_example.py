@@ -611,7 +611,7 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            yield pool.map
+            yield pool.map if threads > 1 else map
     finally:
         torch.set_num_threads(before)
 
