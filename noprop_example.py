@@ -45,6 +45,7 @@ validation images; block 1 alone 99.42 ± .02), 184 s on two CPU cores with a ma
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import gzip
 import hashlib
@@ -607,6 +608,7 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     if device.type != "cpu":
         yield map
         return
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -614,6 +616,18 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
             yield pool.map if threads > 1 else map
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks, which each step would fault in again: a tenth of its time.
+
+    Where there is no glibc, nothing happens.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks of up to 32 MiB come from the heap
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: which shrinks only if 1 GiB at its end is free
 
 
 def flatten(part: nn.Module) -> nn.Parameter:

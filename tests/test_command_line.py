@@ -54,7 +54,7 @@ def test_files_of_a_run(trained, capsys):
 
 
 def test_evaluation_with_early_exit(trained, capsys):
-    assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt"), "--early-exit", "0.8"]) == 0
+    assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt"), "--early-exit", "0.5"]) == 0
     found = re.match(
         r"Early exit: (.*) of 10 blocks an image.\nTest accuracy (.*) ±", capsys.readouterr().out
     )
