@@ -1241,14 +1241,14 @@ Files            noprop_hybrid.pt, noprop_hybrid.json, training_progress_hybrid.
 Folder           {folder.resolve()}""")
 
 
-def finish(training: Training, data: Data, parallel: Callable, started: float) -> None:
-    """Evaluate the selected weights, write the summary and the pictures."""
+def finish(training: Training, data: Data, parallel: Callable, started: float) -> dict[str, Any]:
+    """Evaluate the selected weights, write the summary and the pictures; returns the summary."""
     folder, summary = training.config.output_dir, summarize(training, data, parallel)
     draw_denoising(folder / "denoising.png", load(folder / "noprop_hybrid.pt", training.device), data.test)
     draw_progress(folder / "training_progress_hybrid.png", summary)
     summary["seconds_total"] = time.perf_counter() - started
     write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
-    print_summary(summary, folder)
+    return summary
 
 
 def epoch_line(record: dict[str, Any], config: Config) -> str:
@@ -1303,10 +1303,11 @@ def run(config: Config, device: torch.device) -> int:
                 bar.write(f"Stopped after step {training.step} of {steps}; the same with --resume goes on.")
         finally:
             bar.close()
-        if config.blocks and rank == 0:
-            print(f"Blocks {config.blocks} are in {path}; --merge puts them and the others together.")
-        elif rank == 0:
-            finish(training, data, parallel, started)
+        summary = finish(training, data, parallel, started) if rank == 0 and not config.blocks else None
+    if summary:
+        print_summary(summary, config.output_dir)
+    elif rank == 0:
+        print(f"Blocks {config.blocks} are in {path}; --merge puts them and the others together.")
     return code
 
 
@@ -1321,7 +1322,8 @@ def merge(config: Config, device: torch.device) -> int:
         training = Training(whole, device)
         training.load_state_dict(merged["training"], merged["model"])
         save_checkpoint(path, training)
-        finish(training, data, parallel, started)
+        summary = finish(training, data, parallel, started)
+    print_summary(summary, config.output_dir)
     return 0
 
 
