@@ -463,7 +463,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "accurate": {"block": "wide", "epochs": 30, "lr": 0.01},  # about nine times the work
+    "accurate": {"block": "wide", "epochs": 30, "lr": 0.01, "patience": 30},  # nine times the work
     # the description that this project started from, at consistent noise levels; meant for a GPU
     "reference": {"epochs": 100, "batch_size": 128, "block": "reference", "target": "noise"}
     | {"lr": 0.01, "weights": "ddpm", "schedule": "cosine", "ema_decay": 0.0, "augment": False},
