@@ -535,6 +535,8 @@ def augment(images: Tensor, noise: torch.Generator) -> Tensor:
 
 # --- Processes ---------------------------------------------------------------------------------------------
 
+CONTROL_STEPS = 10  # several processes agree so often whether to save or to stop
+
 
 @contextmanager
 def processes() -> Iterator[None]:
@@ -1087,8 +1089,6 @@ def evaluate_checkpoint(config: Config, device: torch.device) -> None:
             accuracy = evaluate(model, test, model.config, parallel)["accuracy"][-1]
     print(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %.")
 
-
-CONTROL_STEPS = 10  # several processes agree so often whether to save or to stop
 
 # --- Runs --------------------------------------------------------------------------------------------------
 
