@@ -955,7 +955,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
 
     Raises Failure for a file that is no checkpoint, is damaged, or whose weights don't fit its config.
     """
-    content = read_checkpoint(Path(path))
+    return network_of(read_checkpoint(Path(path)), path).to(device)
+
+
+def network_of(content: dict[str, Any], path: str | Path) -> NoProp:
+    """The network in the contents of a checkpoint; raises Failure, naming the path, where they do not fit."""
     try:
         config = Config(**content["config"])
         model = build(config)
@@ -963,7 +967,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
     except (TypeError, ValueError, RuntimeError) as error:
         raise Failure(f"{path} does not fit this version of the script: {error}".splitlines()[0]) from error
     model.config = config
-    return model.eval().to(device)
+    return model.eval()
 
 
 def draw_progress(path: Path, summary: dict[str, Any]) -> None:
@@ -1330,7 +1334,7 @@ def merge(config: Config, device: torch.device) -> int:
 def merged_checkpoint(paths: tuple[Path, ...]) -> dict[str, Any]:
     """Config, selected weights and training state of separately trained blocks. Raises Failure."""
     contents = [read_checkpoint(path) for path in paths]
-    configs = [load(path).config for path in paths]  # raises Failure for what an older version has made
+    configs = [network_of(*pair).config for pair in zip(contents, paths, strict=True)]
     check_parts(paths, contents, configs)
     whole, exchange = contents[0], not configs[0].blocks
     for part, config in zip(contents[1:], configs[1:], strict=True):
@@ -1479,11 +1483,12 @@ def main(arguments: list[str] | None = None) -> int:
         with processes():
             return execute(arguments)
     except (Failure, FloatingPointError) as error:
+        code = getattr(error, "code", 3)
         if (
-            os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "code", 3) != 2
-        ):  # all have the same input
+            code != 2 or os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # wrong input is the same for all: one tells
             print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 3)
+        return code
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     except (MemoryError, torch.OutOfMemoryError):
