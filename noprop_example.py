@@ -58,11 +58,13 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -406,12 +408,17 @@ class Config:
     deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
     merge: tuple[Path, ...] = ()  # checkpoints of separately trained blocks: put them together
+    config: Path | None = None  # a JSON file of settings, such as hpo_best.json: over --preset, below flags
     evaluate: Path | None = None  # a checkpoint: print its test accuracy
     predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
     early_exit: float = 1.0  # of these two: an image leaves the chain once a class is more probable than this
     run_hpo: bool = RUN_HPO  # search hyperparameters with Optuna, then train with the best
-    hpo_trials: int = 40  # trials of the search
-    hpo_epochs: int = 2  # epochs of a trial
+    hpo_trials: int = 40  # trials of the search, those of earlier calls and of other workers included
+    hpo_epochs: int = 3  # epochs of a trial
+    hpo_timeout: float | None = None  # seconds after which no new trial starts
+    hpo_objective: Literal["accuracy", "loss"] = "accuracy"  # of validation images; loss: cross-entropy
+    hpo_storage: str | None = None  # database URL for workers on several machines; None: noprop_hpo.db
+    hpo_final_run: bool = True  # train with the best trial's settings after the search
 
     def __post_init__(self):
         """Raises ValueError for a value out of range."""
@@ -420,6 +427,7 @@ class Config:
             ("batch_size", lambda x: 2 <= x <= 55_000, "at least 2, at most the 55,000 training images"),
             ("lr max_norm_embed grad_clip", lambda x: 0 < x < math.inf, "positive"),
             ("checkpoint_minutes", lambda x: x > 0, "positive"),
+            ("hpo_timeout", lambda x: x is None or x > 0, "positive"),
             ("eta_loss_weight lambda_global", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("weight_decay embed_wd temperature", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
@@ -485,7 +493,7 @@ class Data(NamedTuple):
 
     train: Split
     val: Split
-    test: Split
+    test: Split | None  # None: a search never sees a test image
 
 
 MD5 = {  # of MNIST's files, packed and unpacked
@@ -847,9 +855,11 @@ def epoch_record(training: Training, data: Data, parallel: Callable) -> dict[str
         "lr": training.lr,
         "seconds": training.seconds,
     }
-    val = test = {"accuracy": [None], "loss": [None]}
-    if not config.blocks:
-        val, test = (evaluate(training.averaged, split, config, parallel) for split in data[1:])
+    unknown = {"accuracy": [None], "loss": [None]}
+    val, test = (
+        unknown if config.blocks or split is None else evaluate(training.averaged, split, config, parallel)
+        for split in data[1:]
+    )
     return record | {
         "val_accuracy": val["accuracy"][-1],
         "val_loss": val["loss"][-1],
@@ -970,27 +980,34 @@ def network_of(content: dict[str, Any], path: str | Path) -> NoProp:
     return model.eval()
 
 
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
+
+
+def save_figure(figure, path: Path) -> None:
+    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
+    write_file(path, file.getvalue())
+
+
 def draw_progress(path: Path, summary: dict[str, Any]) -> None:
     """Losses, accuracies and learning rate by epoch; accuracy after each block."""
     from matplotlib.figure import Figure
 
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
     figure = Figure(figsize=(11, 7), layout="constrained")
     (losses, blocks), (accuracies, rates) = figure.subplots(2, 2)
     history, chain = summary["history"], summary["test_accuracy_by_blocks"]
     for axes, name, color, marker, label in (
-        (losses, "block_losses", blue, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)"),
-        (losses, "classifier_loss", orange, "s", "classifier: cross-entropy"),
-        (accuracies, "val_accuracy", blue, "o", "validation, at the end {:.2f} %"),
-        (accuracies, "test_accuracy", orange, "s", "test (decides nothing), at the end {:.2f} %"),
-        (rates, "lr", green, "o", "at the end of the epoch"),
+        (losses, "block_losses", BLUE, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)"),
+        (losses, "classifier_loss", ORANGE, "s", "classifier: cross-entropy"),
+        (accuracies, "val_accuracy", BLUE, "o", "validation, at the end {:.2f} %"),
+        (accuracies, "test_accuracy", ORANGE, "s", "test (decides nothing), at the end {:.2f} %"),
+        (rates, "lr", GREEN, "o", "at the end of the epoch"),
     ):
         x = [record["epoch"] for record in history]
         y = [np.mean(np.array(record[name], float)) for record in history]  # None becomes nan
         axes.plot(x, y, color=color, marker=marker, markersize=4, label=label.format(*y[-1:] or [math.nan]))
     cuts, error = range(1, len(chain) + 1), [standard_error(accuracy, 10_000) for accuracy in chain]
     label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
-    blocks.errorbar(cuts, chain, error, color=orange, marker="s", markersize=4, capsize=2, label=label)
+    blocks.errorbar(cuts, chain, error, color=ORANGE, marker="s", markersize=4, capsize=2, label=label)
     losses.set(title="Training losses", xlabel="epoch", ylabel="loss", yscale="log")
     accuracies.set(title="Accuracy of the averaged weights", xlabel="epoch", ylabel="%")
     rates.set(title="Learning rate", xlabel="epoch")
@@ -1000,8 +1017,7 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
         axes.margins(y=0.15)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
-    write_file(path, file.getvalue())
+    save_figure(figure, path)
 
 
 @torch.inference_mode()
@@ -1034,8 +1050,7 @@ def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
         digit.set_title(f"{answer}" if answer == label else f"{answer} (labelled {label})", fontsize=10)
         chart.imshow(probabilities[i].T.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         chart.set(xlabel="t", ylabel="class", yticks=range(0, len(u), 3))
-    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
-    write_file(path, file.getvalue())
+    save_figure(figure, path)
 
 
 # --- Using a network ---------------------------------------------------------------------------------------
@@ -1131,22 +1146,32 @@ def made_with(device: torch.device) -> dict[str, str]:
     return {"device": device.type, "machine": platform.machine(), "torch": version("torch")}
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder if need be, and try to write into it. Raises Failure."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
+
+
+class FolderInUse(Failure):
+    """Another run writes into the output folder."""
+
+
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """Make the folder, try to write into it, and keep other runs out while this lasts. Raises Failure."""
+    """Make the folder, and keep other runs out while this lasts. Raises Failure, FolderInUse."""
     lock = FileLock(folder / ".noprop_hybrid.lock", timeout=0)  # goes when its owner dies
 
     def acquire() -> None:
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
             lock.acquire()
         except Timeout as error:
-            raise Failure(
+            raise FolderInUse(
                 f"another run writes into {folder}: wait, or choose another --output-dir"
             ) from error
-        except OSError as error:
-            raise Failure(f"cannot write into --output-dir {folder}: {error.strerror}") from error
 
     on_first(acquire)
     try:
@@ -1381,11 +1406,13 @@ def check_parts(paths: tuple[Path, ...], contents: list[dict[str, Any]], configs
 
 # --- Search ------------------------------------------------------------------------------------------------
 
+HEARTBEAT_SECONDS = 10  # a trial that shows no sign of life for six of them is dead, and is run again
 
-def suggest(trial) -> dict[str, float]:
-    """The search space: edit it here."""
+
+def suggest(trial) -> dict[str, Any]:
+    """The search space, by names of Config: edit it here (what a trial offers: optuna.trial.Trial)."""
     return {
-        "lr": trial.suggest_float("lr", 1e-3, 5e-2, log=True),
+        "lr": trial.suggest_float("lr", 1e-3, 1e-1, log=True),
         "eta_loss_weight": trial.suggest_float("eta_loss_weight", 0.1, 10.0, log=True),
         "lambda_global": trial.suggest_float("lambda_global", 0.1, 10.0, log=True),
         "embed_wd": trial.suggest_float("embed_wd", 1e-8, 1e-3, log=True),
@@ -1393,51 +1420,324 @@ def suggest(trial) -> dict[str, float]:
     }
 
 
-def search(config: Config, device: torch.device) -> Config:
-    """The best config, by validation accuracy, of a study in noprop_hpo.db; a study begun earlier goes on."""
+def storage_url(config: Config, hide_password: bool = False) -> str:
+    """The database of the search: SQLite in the output folder unless --hpo-storage names one."""
+    from sqlalchemy import make_url
+
+    url = config.hpo_storage or f"sqlite:///{(config.output_dir / 'noprop_hpo.db').resolve()}"
+    return make_url(url).render_as_string() if hide_password else url
+
+
+@contextmanager
+def database_failures(config: Config, code: int) -> Iterator[None]:
+    """Turn what a database or its driver raises into a Failure."""
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, OptunaError, ImportError) as error:
+        url = "--hpo-storage" if isinstance(error, ArgumentError) else storage_url(config, hide_password=True)
+        raise Failure(f"{url}: {str(error.__cause__ or error).splitlines()[0]}", code) from error
+
+
+def open_study(config: Config):
+    """The Optuna study of this search; a new one begins with a trial of the config as it is.
+
+    SQLite unless there is a URL: its transactions survive a kill -9, and the few workers of one machine.
+    Raises Failure where the storage holds a search of another space or with other settings.
+    """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
-    data, signalled = load_mnist(config.data_root, device, config.train_images), catch_signals()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the script prints its own lines
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    url = storage_url(config)
+    probe = optuna.create_study().ask()
+    searched = suggest(probe)
+    settings = dataclasses.replace(config, epochs=config.hpo_epochs).saved()
+    start = {name: settings.pop(name, None) for name in searched}
+    space = {f"the range of {name}": str(bounds) for name, bounds in probe.distributions.items()}
+    settings = space | settings | {"hpo_objective": config.hpo_objective}
+    for patience in (1, 1, 0):
+        try:
+            storage = optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {},
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=6 * HEARTBEAT_SECONDS,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+            )
+            break
+        except SQLAlchemyError:  # two workers that make the tables at once get in each other's way
+            if not patience:
+                raise
+            time.sleep(patience)
+    direction = "minimize" if config.hpo_objective == "loss" else "maximize"
+    pruner = optuna.pruners.MedianPruner()
+    study = optuna.create_study(
+        storage=storage, study_name="noprop", direction=direction, load_if_exists=True, pruner=pruner
+    )
+    if "settings" not in study.user_attrs:
+        study.set_user_attr("settings", settings)
+        study.enqueue_trial(start, skip_if_exists=True)
+    there = study.user_attrs["settings"]
+    for name in there | settings:
+        if there.get(name) != settings.get(name):
+            raise Failure(
+                f"{storage_url(config, True)} holds a search in which {name} is {there.get(name)}, not "
+                f"{settings.get(name)}: go on with that, or choose another --output-dir or --hpo-storage"
+            )
+    return study
 
-    def check() -> None:
-        if number := signalled():
+
+class Surplus(Exception):
+    """A trial too many: another worker has begun the last one."""
+
+
+class Search:
+    """One worker of a search: runs trials until the study has enough, whoever ran them."""
+
+    def __init__(self, config: Config, device: torch.device, signalled: Callable[[], int]):
+        self.config, self.device, self.signalled = config, device, signalled
+        data = load_mnist(config.data_root, device, config.train_images)
+        self.data = data._replace(test=None)  # a search never sees a test image
+        with FileLock(config.output_dir / ".noprop_hpo.lock"):  # two workers would make the tables twice
+            self.study = open_study(config)
+
+    def trials(self, *states: str) -> list:
+        """The trials in these states; those that count are COMPLETE or PRUNED."""
+        return [x for x in self.study.get_trials(deepcopy=False) if x.state.name in states]
+
+    def run(self, parallel: Callable) -> None:
+        """Run trials. Where the last ones are with other workers, wait: a worker may die.
+
+        Raises KeyboardInterrupt when a signal has come.
+        """
+        import optuna
+
+        deadline = time.monotonic() + (self.config.hpo_timeout or math.inf)
+        while time.monotonic() < deadline:
+            self.check_signals()
+            optuna.storages.fail_stale_trials(self.study)
+            done, running = self.trials("COMPLETE", "PRUNED"), self.trials("RUNNING")
+            if len(done) >= self.config.hpo_trials:
+                return
+            if len(done) + len(running) >= self.config.hpo_trials:
+                time.sleep(1)
+                continue
+            try:
+                self.study.optimize(partial(self.trial, parallel), n_trials=1, callbacks=[self.print_trial])
+            except Surplus:
+                continue
+            except ValueError as error:
+                if "Cannot tell a FAIL trial" not in str(error):
+                    raise
+                print("A trial of this worker was taken for dead, and is run by another.")
+
+    def check_signals(self) -> None:
+        if number := self.signalled():
             raise KeyboardInterrupt(number)
 
-    def objective(trial) -> float:
-        trial_config = dataclasses.replace(config, epochs=config.hpo_epochs, **suggest(trial))
-        for record in train(Training(trial_config, device), data, parallel, check):
-            trial.report(record["val_accuracy"], record["epoch"])
-            if trial.should_prune():
-                raise optuna.TrialPruned
-        return record["val_accuracy"]
+    def trial(self, parallel: Callable, trial) -> float:
+        """The objective: a short training. One that diverges counts as stopped early."""
+        import optuna
 
-    with output_folder(config.output_dir), workers(device, config.threads) as parallel:
-        study = optuna.create_study(
-            storage=f"sqlite:///{config.output_dir / 'noprop_hpo.db'}",
-            study_name="noprop",
-            load_if_exists=True,
-            direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=config.seed),
-            pruner=optuna.pruners.MedianPruner(),
+        earlier = self.trials("COMPLETE", "PRUNED", "RUNNING")
+        if sum(x.number < trial.number for x in earlier) >= self.config.hpo_trials:
+            raise Surplus
+        # seeded by number: two workers never try the same, nor does a search that goes on
+        seed = generator(self.config.seed, "search", trial.number).initial_seed() % 2**32
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False)
+        try:
+            config = dataclasses.replace(self.config, epochs=self.config.hpo_epochs, **suggest(trial))
+        except (TypeError, ValueError) as error:
+            raise Failure(f"suggest() proposes what is no setting: {error}") from error
+        try:
+            for record in train(Training(config, self.device), self.data, parallel, self.check_signals):
+                trial.set_user_attr("record", record)
+                trial.report(record[f"val_{config.hpo_objective}"], record["epoch"])
+                if record["epoch"] < config.epochs and trial.should_prune():
+                    raise optuna.TrialPruned
+        except FloatingPointError as error:
+            raise optuna.TrialPruned from error
+        except KeyboardInterrupt:
+            self.study.enqueue_trial(trial.params)  # to be run again
+            raise
+        return record[f"val_{config.hpo_objective}"]
+
+    def print_trial(self, study, trial) -> None:
+        """A line about a trial that has ended, and the time left."""
+        done, others = self.trials("COMPLETE", "PRUNED"), self.trials("RUNNING")
+        seconds = sum(x.duration.total_seconds() for x in done) / len(done)
+        minutes = seconds * (self.config.hpo_trials - len(done)) / (1 + len(others)) / 60
+        stopped = f"stopped after epoch {trial.last_step}, " if trial.state.name == "PRUNED" else ""
+        print(
+            f"{len(done):>3}/{self.config.hpo_trials}  {stopped}{self.describe(trial)}  "
+            f"about {minutes:.0f} min left",
+            flush=True,
         )
-        missing = config.hpo_trials - sum(trial.state.is_finished() for trial in study.trials)
-        study.optimize(objective, max(missing, 0), catch=FloatingPointError)  # divergence fails a trial only
-        if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-            raise Failure("no trial of the search came to its end: look at the search space in suggest()", 3)
-        best = study.best_trial
-        write_file(config.output_dir / "hpo_best.json", json.dumps(best.params, indent=1).encode())
-    print(f"Best of {len(study.trials)} trials: validation {best.value:.2f} % with {best.params}")
-    return dataclasses.replace(config, **best.params)
+
+    def describe(self, trial) -> str:
+        """Number, result and settings of a trial."""
+        result, record = "diverged", trial.user_attrs.get("record")
+        if record:
+            error = standard_error(record["val_accuracy"], len(self.data.val.labels))
+            result = f"validation {record['val_accuracy']:.2f} ± {error:.2f} %, loss {record['val_loss']:.4f}"
+        settings = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+        return f"trial {trial.number:>2}: {result}; {', '.join(settings)}"
+
+    def cost(self, trial) -> float:
+        """What a trial is judged by, the lower the better: validation loss, or error in percent."""
+        record = trial.user_attrs["record"]
+        return record["val_loss"] if self.config.hpo_objective == "loss" else 100 - record["val_accuracy"]
+
+    def report(self) -> dict[str, Any]:
+        """Print the five best trials, write hpo_best.json and the pictures; returns the best settings.
+
+        Where no trial is complete, there are none: {}.
+        """
+        complete, stopped, folder = self.trials("COMPLETE"), self.trials("PRUNED"), self.config.output_dir
+        best = sorted(complete, key=self.cost)[:5]
+        if not best:
+            return {}
+        print(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
+        print(*(self.describe(trial) for trial in best), sep="\n")
+        accuracies = [trial.user_attrs["record"]["val_accuracy"] for trial in best]
+        print(
+            f"They span {max(accuracies) - min(accuracies):.2f} points. ± is the standard error on "
+            f"{len(self.data.val.labels):,} validation images: smaller differences are noise."
+        )
+        settings = self.config.saved() | best[0].params
+        with FileLock(folder / ".noprop_hpo.lock"):  # other workers write the same files
+            write_file(folder / "hpo_best.json", json.dumps(settings, indent=1).encode())
+            draw_history(folder / "hpo_history.png", self)
+            draw_importance(folder / "hpo_importance.png", self)
+        print("Files    hpo_best.json (for --config), hpo_history.png, hpo_importance.png")
+        print(f"Look at  optuna-dashboard {storage_url(self.config, True)}  (pip install optuna-dashboard)")
+        return best[0].params
+
+
+def label_cost(axes, search: Search) -> None:
+    what = "loss" if search.config.hpo_objective == "loss" else "error, %"
+    axes.set(ylabel=f"validation {what}", yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.4g}")
+    axes.grid(alpha=0.3)
+
+
+def draw_history(path: Path, search: Search) -> None:
+    """Each trial's result, and the best so far."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes, complete = figure.subplots(), search.trials("COMPLETE")
+    stopped = [trial for trial in search.trials("PRUNED") if "record" in trial.user_attrs]
+    for trials, color, marker, label in (
+        (stopped, "gray", "x", "stopped early"),
+        (complete, BLUE, "o", f"complete, {search.config.hpo_epochs} epochs"),
+    ):
+        x, y = [trial.number for trial in trials], [search.cost(trial) for trial in trials]
+        axes.scatter(x, y, color=color, marker=marker, label=label)
+    best = np.minimum.accumulate(y)
+    axes.step(x, best, where="post", color=ORANGE, label=f"best so far, at the end {best[-1]:.3g}")
+    axes.set(title="Search", xlabel="trial")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    label_cost(axes, search)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def draw_importance(path: Path, search: Search, least: int = 8) -> None:
+    """How much each setting decides whether a trial is among the best quarter; all trials by each setting."""
+    import optuna
+    from matplotlib.figure import Figure
+
+    trials = search.trials("COMPLETE")
+    spaces = {name: space for trial in trials for name, space in trial.distributions.items()}
+    rows = math.ceil((1 + len(spaces)) / 3)
+    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
+    bars, *panels = figure.subplots(rows, 3, squeeze=False).flat
+    bars.set(title="Share in being among the best quarter", xlabel="importance (PED-ANOVA)")
+    if len(trials) >= least:
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+        shares = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
+        bars.barh(list(shares), list(shares.values()), color=BLUE)
+        bars.invert_yaxis()
+    else:
+        text = f"needs {least} complete trials,\nthis search has {len(trials)}"
+        bars.text(0.5, 0.5, text, ha="center", va="center", transform=bars.transAxes)
+    for axes in panels[len(spaces) :]:
+        axes.set_axis_off()
+    for axes, (name, space) in zip(panels, spaces.items(), strict=False):
+        named = [trial for trial in trials if name in trial.params]
+        x, y = [trial.params[name] for trial in named], [search.cost(trial) for trial in named]
+        points = axes.scatter(x, y, c=[trial.number for trial in named], cmap="viridis")
+        axes.set(xlabel=name, xscale="log" if getattr(space, "log", False) else "linear")
+        label_cost(axes, search)
+    figure.colorbar(points, ax=panels, label="trial")
+    save_figure(figure, path)
+
+
+def search(config: Config, device: torch.device) -> int:
+    """Search, report, and train with the best settings; returns the exit code."""
+    make_folder(config.output_dir)
+    code, signalled = 0, catch_signals()
+    with database_failures(config, 2):
+        worker = Search(config, device, signalled)
+    with database_failures(config, 1), workers(device, config.threads) as parallel:
+        try:
+            worker.run(parallel)
+        except KeyboardInterrupt as interrupt:
+            code = 128 + interrupt.args[0]
+            print("Stopped. The same command goes on.")
+        best = worker.report()
+    if not best and not code:
+        raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
+    if code or not config.hpo_final_run:
+        return code
+    final = dataclasses.replace(config, **best, run_hpo=False)
+    with suppress(Failure):  # started again, go on with the final run too
+        begun = read_checkpoint(config.output_dir / "noprop_hybrid.pt")["config"] == final.saved()
+        final = dataclasses.replace(final, resume=begun)
+    print("\nTraining with the best settings.")
+    try:
+        return run(final, device)
+    except FolderInUse:
+        print("Another process trains in this folder already, so this one is done.")
+        return 0
 
 
 # --- Main --------------------------------------------------------------------------------------------------
 
 
+def settings_as_flags(path: Path) -> list[str]:
+    """The settings of a JSON file, such as hpo_best.json or a run's summary, as a command line.
+
+    Raises Failure for a file that can't be read or holds none.
+    """
+    try:
+        content = json.loads(path.read_text())
+        settings = content.get("config", content)
+        return [
+            f"--{'no-' * (value is False)}{name}" + ("" if isinstance(value, bool) else f"={value}")
+            for name, value in settings.items()
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise Failure(
+            f"cannot read settings from {path}: it must be a JSON file as hpo_best.json is"
+        ) from error
+
+
 def read_config(arguments: list[str] | None = None) -> Config:
-    """The command line: flags win over --preset, that over defaults; --resume: the checkpoint's config."""
+    """The command line: flags win over --config, --preset, defaults; --resume: the checkpoint's config."""
     import tyro
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     first = tyro.cli(Config, args=arguments)
+    if first.config:
+        arguments = [*settings_as_flags(first.config), *arguments]
+        first = tyro.cli(Config, args=arguments)
     path = first.output_dir / "noprop_hybrid.pt"
     implied: dict[str, Any] = {"embedding": "fixed"} if first.embedding_from else {}
     implied |= {"select": "last"} if first.blocks else {}
@@ -1474,7 +1774,7 @@ def execute(arguments: list[str] | None) -> int:
         return 0
     if config.merge:
         return merge(config, device)
-    return run(search(config, device) if config.run_hpo else config, device)
+    return search(config, device) if config.run_hpo else run(config, device)
 
 
 def main(arguments: list[str] | None = None) -> int:
