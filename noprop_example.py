@@ -416,7 +416,7 @@ class Config:
     hpo_trials: int = 40  # trials of the search, those of earlier calls and of other workers included
     hpo_epochs: int = 3  # epochs of a trial
     hpo_timeout: float | None = None  # seconds after which no new trial starts
-    hpo_objective: Literal["accuracy", "loss"] = "accuracy"  # of validation images; loss: cross-entropy
+    hpo_objective: Literal["error", "loss"] = "error"  # of validation images; loss: cross-entropy
     hpo_storage: str | None = None  # database URL for workers on several machines; None: noprop_hpo.db
     hpo_final_run: bool = True  # train with the best trial's settings after the search
 
@@ -983,8 +983,8 @@ def network_of(content: dict[str, Any], path: str | Path) -> NoProp:
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
 
 
-def save_figure(figure, path: Path) -> None:
-    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
+def save_figure(figure, path: Path, **more) -> None:
+    figure.savefig(file := io.BytesIO(), format="png", dpi=110, **more)
     write_file(path, file.getvalue())
 
 
@@ -1406,7 +1406,7 @@ def check_parts(paths: tuple[Path, ...], contents: list[dict[str, Any]], configs
 
 # --- Search ------------------------------------------------------------------------------------------------
 
-HEARTBEAT_SECONDS = 10  # a trial that shows no sign of life for six of them is dead, and is run again
+HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a trial without a heartbeat for so long is dead, and run again
 
 
 def suggest(trial) -> dict[str, Any]:
@@ -1452,20 +1452,23 @@ def open_study(config: Config):
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the script prints its own lines
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the config as it is
     url = storage_url(config)
     probe = optuna.create_study().ask()
-    searched = suggest(probe)
+    searched, space = suggest(probe), probe.distributions
     settings = dataclasses.replace(config, epochs=config.hpo_epochs).saved()
-    start = {name: settings.pop(name, None) for name in searched}
-    space = {f"the range of {name}": str(bounds) for name, bounds in probe.distributions.items()}
-    settings = space | settings | {"hpo_objective": config.hpo_objective}
+    given = {name: value for name, value in settings.items() if name not in searched}
+    ranges = {f"the range of {name}": str(bounds) for name, bounds in space.items()}
+    described = ranges | given | {"hpo_objective": config.hpo_objective}
+    start = {name: value for name, value in settings.items() if name in space}
+    start = {name: x for name, x in start.items() if x in getattr(space[name], "choices", [x])}
     for patience in (1, 1, 0):
         try:
             storage = optuna.storages.RDBStorage(
                 url,
                 engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {},
                 heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=6 * HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
             )
             break
@@ -1473,20 +1476,17 @@ def open_study(config: Config):
             if not patience:
                 raise
             time.sleep(patience)
-    direction = "minimize" if config.hpo_objective == "loss" else "maximize"
     pruner = optuna.pruners.MedianPruner()
-    study = optuna.create_study(
-        storage=storage, study_name="noprop", direction=direction, load_if_exists=True, pruner=pruner
-    )
+    study = optuna.create_study(storage=storage, study_name="noprop", load_if_exists=True, pruner=pruner)
     if "settings" not in study.user_attrs:
-        study.set_user_attr("settings", settings)
+        study.set_user_attr("settings", described)
         study.enqueue_trial(start, skip_if_exists=True)
     there = study.user_attrs["settings"]
-    for name in there | settings:
-        if there.get(name) != settings.get(name):
+    for name in there | described:
+        if there.get(name) != described.get(name):
             raise Failure(
                 f"{storage_url(config, True)} holds a search in which {name} is {there.get(name)}, not "
-                f"{settings.get(name)}: go on with that, or choose another --output-dir or --hpo-storage"
+                f"{described.get(name)}: go on with that, or choose another --output-dir or --hpo-storage"
             )
     return study
 
@@ -1516,7 +1516,7 @@ class Search:
         """
         import optuna
 
-        deadline = time.monotonic() + (self.config.hpo_timeout or math.inf)
+        deadline, waiting = time.monotonic() + (self.config.hpo_timeout or math.inf), False
         while time.monotonic() < deadline:
             self.check_signals()
             optuna.storages.fail_stale_trials(self.study)
@@ -1524,6 +1524,9 @@ class Search:
             if len(done) >= self.config.hpo_trials:
                 return
             if len(done) + len(running) >= self.config.hpo_trials:
+                if not waiting:
+                    print("The last trials are with other workers: waiting for them.", flush=True)
+                waiting = True
                 time.sleep(1)
                 continue
             try:
@@ -1550,13 +1553,16 @@ class Search:
         seed = generator(self.config.seed, "search", trial.number).initial_seed() % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False)
         try:
-            config = dataclasses.replace(self.config, epochs=self.config.hpo_epochs, **suggest(trial))
+            trial.set_user_attr("settings", settings := suggest(trial))
+            config = dataclasses.replace(self.config, epochs=self.config.hpo_epochs, **settings)
         except (TypeError, ValueError) as error:
             raise Failure(f"suggest() proposes what is no setting: {error}") from error
         try:
             for record in train(Training(config, self.device), self.data, parallel, self.check_signals):
                 trial.set_user_attr("record", record)
-                trial.report(record[f"val_{config.hpo_objective}"], record["epoch"])
+                error = 100 - record["val_accuracy"]
+                cost = record["val_loss"] if config.hpo_objective == "loss" else error
+                trial.report(cost, record["epoch"])
                 if record["epoch"] < config.epochs and trial.should_prune():
                     raise optuna.TrialPruned
         except FloatingPointError as error:
@@ -1564,7 +1570,7 @@ class Search:
         except KeyboardInterrupt:
             self.study.enqueue_trial(trial.params)  # to be run again
             raise
-        return record[f"val_{config.hpo_objective}"]
+        return cost
 
     def print_trial(self, study, trial) -> None:
         """A line about a trial that has ended, and the time left."""
@@ -1587,18 +1593,13 @@ class Search:
         settings = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
         return f"trial {trial.number:>2}: {result}; {', '.join(settings)}"
 
-    def cost(self, trial) -> float:
-        """What a trial is judged by, the lower the better: validation loss, or error in percent."""
-        record = trial.user_attrs["record"]
-        return record["val_loss"] if self.config.hpo_objective == "loss" else 100 - record["val_accuracy"]
-
     def report(self) -> dict[str, Any]:
         """Print the five best trials, write hpo_best.json and the pictures; returns the best settings.
 
         Where no trial is complete, there are none: {}.
         """
         complete, stopped, folder = self.trials("COMPLETE"), self.trials("PRUNED"), self.config.output_dir
-        best = sorted(complete, key=self.cost)[:5]
+        best = sorted(complete, key=lambda trial: trial.value)[:5]
         if not best:
             return {}
         print(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
@@ -1608,75 +1609,40 @@ class Search:
             f"They span {max(accuracies) - min(accuracies):.2f} points. ± is the standard error on "
             f"{len(self.data.val.labels):,} validation images: smaller differences are noise."
         )
-        settings = self.config.saved() | best[0].params
+        settings = self.config.saved() | best[0].user_attrs["settings"]
+        name = "validation loss" if self.config.hpo_objective == "loss" else "validation error, %"
         with FileLock(folder / ".noprop_hpo.lock"):  # other workers write the same files
             write_file(folder / "hpo_best.json", json.dumps(settings, indent=1).encode())
-            draw_history(folder / "hpo_history.png", self)
-            draw_importance(folder / "hpo_importance.png", self)
-        print("Files    hpo_best.json (for --config), hpo_history.png, hpo_importance.png")
+            draw_search(folder, self.study, name, len(complete))
+        print("Files    hpo_best.json (for --config), hpo_history.png, hpo_importance.png, hpo_slices.png")
         print(f"Look at  optuna-dashboard {storage_url(self.config, True)}  (pip install optuna-dashboard)")
-        return best[0].params
+        return best[0].user_attrs["settings"]
 
 
-def label_cost(axes, search: Search) -> None:
-    what = "loss" if search.config.hpo_objective == "loss" else "error, %"
-    axes.set(ylabel=f"validation {what}", yscale="log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:.4g}")
-    axes.grid(alpha=0.3)
-
-
-def draw_history(path: Path, search: Search) -> None:
-    """Each trial's result, and the best so far."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes, complete = figure.subplots(), search.trials("COMPLETE")
-    stopped = [trial for trial in search.trials("PRUNED") if "record" in trial.user_attrs]
-    for trials, color, marker, label in (
-        (stopped, "gray", "x", "stopped early"),
-        (complete, BLUE, "o", f"complete, {search.config.hpo_epochs} epochs"),
-    ):
-        x, y = [trial.number for trial in trials], [search.cost(trial) for trial in trials]
-        axes.scatter(x, y, color=color, marker=marker, label=label)
-    best = np.minimum.accumulate(y)
-    axes.step(x, best, where="post", color=ORANGE, label=f"best so far, at the end {best[-1]:.3g}")
-    axes.set(title="Search", xlabel="trial")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    label_cost(axes, search)
-    axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def draw_importance(path: Path, search: Search, least: int = 8) -> None:
-    """How much each setting decides whether a trial is among the best quarter; all trials by each setting."""
+def draw_search(folder: Path, study, name: str, complete: int, least: int = 8) -> None:
+    """Optuna's pictures: the trials one after another, by each setting, and which setting decides."""
+    import matplotlib
     import optuna
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
 
-    trials = search.trials("COMPLETE")
-    spaces = {name: space for trial in trials for name, space in trial.distributions.items()}
-    rows = math.ceil((1 + len(spaces)) / 3)
-    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
-    bars, *panels = figure.subplots(rows, 3, squeeze=False).flat
-    bars.set(title="Share in being among the best quarter", xlabel="importance (PED-ANOVA)")
-    if len(trials) >= least:
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-        shares = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
-        bars.barh(list(shares), list(shares.values()), color=BLUE)
-        bars.invert_yaxis()
-    else:
-        text = f"needs {least} complete trials,\nthis search has {len(trials)}"
-        bars.text(0.5, 0.5, text, ha="center", va="center", transform=bars.transAxes)
-    for axes in panels[len(spaces) :]:
-        axes.set_axis_off()
-    for axes, (name, space) in zip(panels, spaces.items(), strict=False):
-        named = [trial for trial in trials if name in trial.params]
-        x, y = [trial.params[name] for trial in named], [search.cost(trial) for trial in named]
-        points = axes.scatter(x, y, c=[trial.number for trial in named], cmap="viridis")
-        axes.set(xlabel=name, xscale="log" if getattr(space, "log", False) else "linear")
-        label_cost(axes, search)
-    figure.colorbar(points, ax=panels, label="trial")
-    save_figure(figure, path)
+    with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna's pictures bring a style of their own
+        warnings.simplefilter("ignore")  # about ranges of a single value
+        history = plots.plot_optimization_history(study, target_name=name)
+        slices = plots.plot_slice(study, target_name=name)
+        if complete >= least:
+            quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+            importance = plots.plot_param_importances(study, evaluator=quarter, target_name=name)
+            importance.set_title("Importance for being among the best quarter of the trials")
+        else:
+            importance = pyplot.figure().subplots()
+            text = f"importances take {least} complete trials, this search has {complete}"
+            importance.text(0.5, 0.5, text, ha="center")
+        for axes in (history, *np.ravel(slices)):
+            axes.set_yscale("log")
+        for axes, what in ((history, "history"), (importance, "importance"), (np.ravel(slices)[0], "slices")):
+            save_figure(axes.figure, folder / f"hpo_{what}.png", bbox_inches="tight")
+        pyplot.close("all")
 
 
 def search(config: Config, device: torch.device) -> int:
@@ -1685,6 +1651,11 @@ def search(config: Config, device: torch.device) -> int:
     code, signalled = 0, catch_signals()
     with database_failures(config, 2):
         worker = Search(config, device, signalled)
+        print(
+            f"Search: {config.hpo_trials} trials of {config.hpo_epochs} epochs, the first with the settings "
+            f"given; {len(worker.trials('COMPLETE', 'PRUNED'))} are done.",
+            flush=True,
+        )
     with database_failures(config, 1), workers(device, config.threads) as parallel:
         try:
             worker.run(parallel)
