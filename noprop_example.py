@@ -416,7 +416,7 @@ class Config:
     hpo_trials: int = 40  # trials of the search, those of earlier calls and of other workers included
     hpo_epochs: int = 3  # epochs of a trial
     hpo_timeout: float | None = None  # seconds after which no new trial starts
-    hpo_objective: Literal["error", "loss"] = "error"  # of validation images; loss: cross-entropy
+    hpo_objective: Literal["loss", "error"] = "loss"  # of validation images: the cross-entropy ranks better
     hpo_storage: str | None = None  # database URL for workers on several machines; None: noprop_hpo.db
     hpo_final_run: bool = True  # train with the best trial's settings after the search
 
@@ -1476,7 +1476,7 @@ def open_study(config: Config):
             if not patience:
                 raise
             time.sleep(patience)
-    pruner = optuna.pruners.MedianPruner()
+    pruner = optuna.pruners.MedianPruner()  # learning curves keep their order: README, Search
     study = optuna.create_study(storage=storage, study_name="noprop", load_if_exists=True, pruner=pruner)
     if "settings" not in study.user_attrs:
         study.set_user_attr("settings", described)
