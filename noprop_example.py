@@ -6,7 +6,7 @@
 #   "torchvision>=0.22,<1",
 #   "matplotlib>=3.9,<4",
 #   "numpy>=1.26,<3",
-#   "optuna>=4.2,<6",
+#   "optuna>=4.9,<6",
 #   "pillow>=10.4,<14",
 #   "tqdm>=4.66,<5",
 #   "tyro>=0.9.20,<2",
@@ -63,7 +63,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -413,7 +413,7 @@ class Config:
     predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
     early_exit: float = 1.0  # of these two: an image leaves the chain once a class is more probable than this
     run_hpo: bool = RUN_HPO  # search hyperparameters with Optuna, then train with the best
-    hpo_trials: int = 40  # trials of the search, those of earlier calls and of other workers included
+    hpo_trials: int = 60  # trials of the search, those of earlier calls and of other workers included
     hpo_epochs: int = 3  # epochs of a trial
     hpo_timeout: float | None = None  # seconds after which no new trial starts
     hpo_objective: Literal["loss", "error"] = "loss"  # of validation images: the cross-entropy ranks better
@@ -467,6 +467,13 @@ class Config:
         """The fields that decide the result."""
         fields = list(dataclasses.asdict(self).items())
         return dict(fields[: [name for name, _ in fields].index("output_dir")])
+
+
+class Draft(Config):
+    """A config that is not checked yet: the flags without what a preset adds to them."""
+
+    def __post_init__(self):
+        pass
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -1448,7 +1455,7 @@ def open_study(config: Config):
     Raises Failure where the storage holds a search of another space or with other settings.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the script prints its own lines
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -1461,18 +1468,18 @@ def open_study(config: Config):
     ranges = {f"the range of {name}": str(bounds) for name, bounds in space.items()}
     described = ranges | given | {"hpo_objective": config.hpo_objective}
     start = {name: value for name, value in settings.items() if name in space}
-    start = {name: x for name, x in start.items() if x in getattr(space[name], "choices", [x])}
+    start = {k: x for k, x in start.items() if x is not None and x in getattr(space[k], "choices", [x])}
     for patience in (1, 1, 0):
         try:
             storage = optuna.storages.RDBStorage(
-                url,
+                url.replace("{", "{{").replace("}", "}}"),  # it is taken for a template
                 engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {},
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 grace_period=GRACE_SECONDS,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
             )
             break
-        except SQLAlchemyError:  # two workers that make the tables at once get in each other's way
+        except (IntegrityError, ProgrammingError):  # workers that make the tables at once
             if not patience:
                 raise
             time.sleep(patience)
@@ -1502,7 +1509,8 @@ class Search:
         self.config, self.device, self.signalled = config, device, signalled
         data = load_mnist(config.data_root, device, config.train_images)
         self.data = data._replace(test=None)  # a search never sees a test image
-        with FileLock(config.output_dir / ".noprop_hpo.lock"):  # two workers would make the tables twice
+        self.lock = FileLock(config.output_dir / ".noprop_hpo.lock")  # among the workers in this folder
+        with self.lock:
             self.study = open_study(config)
 
     def trials(self, *states: str) -> list:
@@ -1514,29 +1522,41 @@ class Search:
 
         Raises KeyboardInterrupt when a signal has come.
         """
-        import optuna
-
         deadline, waiting = time.monotonic() + (self.config.hpo_timeout or math.inf), False
         while time.monotonic() < deadline:
             self.check_signals()
-            optuna.storages.fail_stale_trials(self.study)
-            done, running = self.trials("COMPLETE", "PRUNED"), self.trials("RUNNING")
-            if len(done) >= self.config.hpo_trials:
-                return
-            if len(done) + len(running) >= self.config.hpo_trials:
-                if not waiting:
-                    print("The last trials are with other workers: waiting for them.", flush=True)
-                waiting = True
-                time.sleep(1)
-                continue
-            try:
-                self.study.optimize(partial(self.trial, parallel), n_trials=1, callbacks=[self.print_trial])
-            except Surplus:
-                continue
-            except ValueError as error:
-                if "Cannot tell a FAIL trial" not in str(error):
-                    raise
-                print("A trial of this worker was taken for dead, and is run by another.")
+            self.bury_the_dead()
+            with self.lock:  # held until trial() has begun: SQLite might give two workers the same trial
+                done, running = self.trials("COMPLETE", "PRUNED"), self.trials("RUNNING")
+                if len(done) >= self.config.hpo_trials:
+                    return
+                if len(done) + len(running) < self.config.hpo_trials:
+                    self.run_trial(parallel)
+                    continue
+            if not waiting:
+                print("The last trials are with other workers: waiting for them.", flush=True)
+            waiting = True
+            time.sleep(1)
+
+    def bury_the_dead(self) -> None:
+        """Fail the trials of dead workers: those whose heart has stopped are run again."""
+        import optuna
+
+        optuna.storages.fail_stale_trials(self.study)
+        for trial in self.trials("RUNNING"):  # Optuna overlooks those whose heart has never beaten
+            age = (datetime.now() - trial.datetime_start).total_seconds()
+            if not trial.params and age > GRACE_SECONDS:
+                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+
+    def run_trial(self, parallel: Callable) -> None:
+        try:
+            self.study.optimize(partial(self.trial, parallel), n_trials=1, callbacks=[self.print_trial])
+        except Surplus:
+            pass
+        except ValueError as error:
+            if "Cannot tell a" not in str(error):
+                raise
+            print("A trial of this worker was taken for dead, and is run by another.")
 
     def check_signals(self) -> None:
         if number := self.signalled():
@@ -1546,6 +1566,7 @@ class Search:
         """The objective: a short training. One that diverges counts as stopped early."""
         import optuna
 
+        self.lock.release()
         earlier = self.trials("COMPLETE", "PRUNED", "RUNNING")
         if sum(x.number < trial.number for x in earlier) >= self.config.hpo_trials:
             raise Surplus
@@ -1563,7 +1584,7 @@ class Search:
                 error = 100 - record["val_accuracy"]
                 cost = record["val_loss"] if config.hpo_objective == "loss" else error
                 trial.report(cost, record["epoch"])
-                if record["epoch"] < config.epochs and trial.should_prune():
+                if not math.isfinite(cost) or record["epoch"] < config.epochs and trial.should_prune():
                     raise optuna.TrialPruned
         except FloatingPointError as error:
             raise optuna.TrialPruned from error
@@ -1611,7 +1632,7 @@ class Search:
         )
         settings = self.config.saved() | best[0].user_attrs["settings"]
         name = "validation loss" if self.config.hpo_objective == "loss" else "validation error, %"
-        with FileLock(folder / ".noprop_hpo.lock"):  # other workers write the same files
+        with self.lock:  # other workers write the same files
             write_file(folder / "hpo_best.json", json.dumps(settings, indent=1).encode())
             draw_search(folder, self.study, name, len(complete))
         print("Files    hpo_best.json (for --config), hpo_history.png, hpo_importance.png, hpo_slices.png")
@@ -1705,10 +1726,10 @@ def read_config(arguments: list[str] | None = None) -> Config:
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    first = tyro.cli(Config, args=arguments)
+    first = tyro.cli(Draft, args=arguments, description=Config.__doc__)
     if first.config:
         arguments = [*settings_as_flags(first.config), *arguments]
-        first = tyro.cli(Config, args=arguments)
+        first = tyro.cli(Draft, args=arguments)
     path = first.output_dir / "noprop_hybrid.pt"
     implied: dict[str, Any] = {"embedding": "fixed"} if first.embedding_from else {}
     implied |= {"select": "last"} if first.blocks else {}

@@ -131,6 +131,8 @@ def test_presets_and_flags():
     config = noprop.read_config(["--preset", "reference", "--epochs", "3"])
     assert (config.epochs, config.batch_size, config.target, config.augment) == (3, 128, "noise", False)
     assert noprop.read_config([]) == noprop.Config() and noprop.RUN_HPO is False
+    few = ["--preset", "reference", "--train-images", "200"]  # fewer than a batch of the default
+    assert noprop.read_config(few).train_images == 200
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unpacked"])
@@ -265,11 +267,3 @@ def test_importing_prints_and_writes_nothing(tmp_path):
 def test_requirements_agree():
     header = re.search(r"# dependencies = \[\n(.*?)# \]", (ROOT / "noprop_example.py").read_text(), re.DOTALL)
     assert re.findall(r'"(.*?)"', header.group(1)) == (ROOT / "requirements.txt").read_text().split("\n")[:-1]
-
-
-def test_search_finishes_and_its_best_config_is_trained(tmp_path, flags, capsys):
-    assert noprop.main([*flags, "--run-hpo", "--hpo-trials=3", "--hpo-epochs=1"]) == 0
-    assert "Best of 3 trials" in capsys.readouterr().out
-    best = json.loads((tmp_path / "hpo_best.json").read_text())
-    config = json.loads((tmp_path / "noprop_hybrid.json").read_text())["config"]
-    assert {name: config[name] for name in best} == best
