@@ -1654,7 +1654,7 @@ def draw_search(folder: Path, study, name: str, complete: int, least: int = 8) -
         if complete >= least:
             quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
             importance = plots.plot_param_importances(study, evaluator=quarter, target_name=name)
-            importance.set_title("Importance for being among the best quarter of the trials")
+            importance.set_title("Importance for being in the best quarter of the trials", loc="left")
         else:
             importance = pyplot.figure().subplots()
             text = f"importances take {least} complete trials, this search has {complete}"
