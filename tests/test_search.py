@@ -134,8 +134,8 @@ def test_two_workers_share_the_trials_and_one_trains(tmp_path):
     several = [worker(flags(tmp_path, hpo_trials=7)) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in several]
     assert [process.returncode for process in several] == [0, 0], outputs
-    found = done(trials(tmp_path))
-    assert len(found) == len({trial.params["lr"] for trial in found}) == 7
+    found = trials(tmp_path)
+    assert len(found) == len(done(found)) == len({trial.params["lr"] for trial in found}) == 7
     assert sum("Training with the best settings" in output for output in outputs) >= 1
     assert all(("Test accuracy" in x) != ("trains in this folder already" in x) for x in outputs), outputs
     assert not (tmp_path / "noprop_hybrid.previous.pt").exists()
@@ -235,9 +235,10 @@ def test_a_space_of_the_readers_own(tmp_path, monkeypatch):
     monkeypatch.setattr(
         noprop, "suggest", lambda trial: {"lr": trial.suggest_categorical("lr", [0.02]), "augment": False}
     )
-    assert search(tmp_path, hpo_trials=1) == 0
-    best = json.loads((tmp_path / "hpo_best.json").read_text())
-    assert (best["lr"], best["augment"]) == (0.02, False)
+    assert noprop.main(flags(tmp_path, hpo_trials=1)) == 0
+    trained = json.loads((tmp_path / "noprop_hybrid.json").read_text())["config"]
+    assert trained == json.loads((tmp_path / "hpo_best.json").read_text())
+    assert (trained["lr"], trained["augment"]) == (0.02, False)
 
 
 def test_a_suggestion_that_is_no_setting(tmp_path, monkeypatch, capsys):
