@@ -308,8 +308,17 @@ def test_a_full_disk_in_mid_search_is_one_line(tmp_path):
     assert kept >= 1 and search(tmp_path, hpo_trials=kept + 1) == 0
 
 
-def test_pictures_of_a_single_trial(tmp_path):
+def test_importances_of_too_few_trials(tmp_path, monkeypatch):
+    """The picture says that there are too few."""
+    texts, save = {}, noprop.save_figure
+
+    def save_figure(figure, path, **more):
+        texts[path.name] = [text.get_text() for axes in figure.axes for text in axes.texts]
+        save(figure, path, **more)
+
+    monkeypatch.setattr(noprop, "save_figure", save_figure)
     assert search(tmp_path, hpo_trials=1) == 0
+    assert texts["hpo_importance.png"] == ["importances take 8 complete trials, this search has 1"]
     assert (tmp_path / "hpo_importance.png").stat().st_size > 10_000
 
 
