@@ -154,12 +154,14 @@ class DenoisingBlockPaper(nn.Module):
     target: what the network f inside the block computes. "label": f estimates û, and the noise follows,
         ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ). So f need not copy its noisy input and have its error multiplied by
         1/√ᾱ, 31 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
+        "classes", as in the paper: f computes logits, and û = softmax(f) W is a mean of the embeddings W.
     """
 
     def __init__(
         self,
         image_shape=(1, 28, 28),
         embed_dim=20,
+        num_classes=10,
         convs=((16, 5, 2, 0, 2), (32, 3, 1, 0, 0), (64, 3, 1, 0, 0)),
         image_width=64,
         label_widths=(64,),
@@ -167,6 +169,7 @@ class DenoisingBlockPaper(nn.Module):
         target="label",
     ):
         super().__init__()
+        outputs = num_classes if target == "classes" else embed_dim
         self.target, layers, channels = target, [], image_shape[0]
         for width, kernel, stride, padding, pool in convs:
             layers.append(nn.Conv2d(channels, width, kernel, stride, padding, bias=False))
@@ -179,13 +182,64 @@ class DenoisingBlockPaper(nn.Module):
         self.image = cnn.train().extend([full, nn.BatchNorm1d(image_width), nn.ReLU()])
         self.label = mlp(embed_dim, *label_widths)
         self.head = mlp(image_width + label_widths[-1], *head_widths).append(
-            nn.Linear(head_widths[-1], embed_dim)
+            nn.Linear(head_widths[-1], outputs)
         )
 
-    def forward(self, image: Tensor, z: Tensor, alpha_bar: float) -> Tensor:
-        """ε̂, (B, D), from images (B, C, H, W) and noisy labels z (B, D) at the level ᾱ_{t-1} = alpha_bar."""
-        f = self.head(torch.cat([self.image(image), self.label(z)], dim=1))  # (B, D)
-        return f if self.target == "noise" else (z - alpha_bar**0.5 * f) / (1 - alpha_bar) ** 0.5
+    def forward(self, image: Tensor, z: Tensor, alpha_bar: float, embedding: Tensor | None = None) -> Tensor:
+        """ε̂, (B, D), from images (B, C, H, W) and noisy labels z (B, D) at the level ᾱ_{t-1} = alpha_bar.
+
+        embedding is W, (classes, D), which only the target "classes" needs.
+        """
+        f = self.head(torch.cat([self.image(image), self.label(z)], dim=1))  # (B, D), or (B, classes)
+        if self.target == "noise":
+            return f
+        u_hat = f.softmax(-1) @ embedding if self.target == "classes" else f
+        return (z - alpha_bar**0.5 * u_hat) / (1 - alpha_bar) ** 0.5
+
+
+class Dropout(nn.Module):
+    """Dropout whose draws have an address: train_block() gives it a generator before each step."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.noise = p, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.empty(x.shape).bernoulli_(1 - self.p, generator=self.noise)
+        return x * kept.to(x.device) / (1 - self.p)
+
+
+class Residual(nn.Sequential):
+    """x + f(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class PaperBlock(DenoisingBlockPaper):
+    """The paper's own block for MNIST: 2.0 M parameters."""
+
+    def __init__(self, image_shape=(1, 28, 28), embed_dim=20, num_classes=10, target="classes"):
+        nn.Module.__init__(self)
+        self.target, layers, channels = target, [], image_shape[0]
+        for width, pool in ((32, True), (64, False), (128, True)):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if pool else []
+            layers += [Dropout(0.2)]
+            channels = width
+        features = channels * (image_shape[1] // 4) * (image_shape[2] // 4)
+        self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 256), nn.BatchNorm1d(256))
+
+        def full(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+
+        self.label = nn.Sequential(
+            *full(embed_dim, 256), Residual(*full(256, 256), nn.Linear(256, 256), nn.BatchNorm1d(256))
+        )
+        outputs = num_classes if target == "classes" else embed_dim
+        self.head = nn.Sequential(*full(512, 256), *full(256, 128), nn.Linear(128, outputs))
 
 
 BLOCKS: dict[str, dict[str, Any]] = {  # arguments of DenoisingBlockPaper
@@ -202,6 +256,7 @@ BLOCKS: dict[str, dict[str, Any]] = {  # arguments of DenoisingBlockPaper
         "label_widths": (256, 256),
         "head_widths": (256, 128),
     },
+    "paper": {"kind": PaperBlock},  # 2.0 M parameters
 }
 
 
@@ -215,6 +270,7 @@ class NoProp(nn.Module):
 
     Weights are drawn from (seed, block): a block starts the same whatever stands beside it. The embedding's
     rows start orthonormal, which takes embed_dim >= num_classes. equal_weights: see reverse_coefficients().
+    The classifier reads û_T, or with reads_z, as in the paper, z_T.
     """
 
     def __init__(
@@ -225,9 +281,12 @@ class NoProp(nn.Module):
         image_shape=(1, 28, 28),
         seed=0,
         equal_weights=True,
+        reads_z=False,
+        kind=DenoisingBlockPaper,
         **block,
     ):
         super().__init__()
+        self.reads_z = reads_z
         self.image_shape, self.alpha_bar = tuple(image_shape), cosine_schedule(num_blocks)
         self.steps = reverse_steps(self.alpha_bar, equal_weights)
         with seeded(seed, "embedding"):
@@ -236,7 +295,7 @@ class NoProp(nn.Module):
         self.blocks = nn.ModuleList()
         for t in range(1, num_blocks + 1):
             with seeded(seed, "block", t):
-                self.blocks.append(DenoisingBlockPaper(image_shape, embed_dim, **block))
+                self.blocks.append(kind(image_shape, embed_dim, num_classes, **block))
         with seeded(seed, "classifier"):
             self.classifier = nn.Linear(embed_dim, num_classes)
 
@@ -249,8 +308,17 @@ class NoProp(nn.Module):
         follows the mean of each step.
         """
         z = torch.randn(len(image), self.label_embedding.embedding_dim, generator=noise).to(image.device)
-        states = reverse_process(self.blocks, image, temperature * z, self.steps, temperature, noise)
-        return torch.stack([self.classifier(u_hat) for u_hat, _ in states], dim=1)
+        states = self.reverse_process(self.blocks, image, temperature * z, self.steps, temperature, noise)
+        return torch.stack([self.classify(*state) for state in states], dim=1)
+
+    def reverse_process(self, blocks, image, z, steps, temperature=0.0, noise=None):
+        """reverse_process() of these blocks, with the embedding of this network."""
+        embedding = self.label_embedding.weight
+        return reverse_process(blocks, image, z, steps, temperature, noise, embedding)
+
+    def classify(self, u_hat: Tensor, z: Tensor) -> Tensor:
+        """Class logits (B, classes) of what a block leaves."""
+        return self.classifier(z if self.reads_z else u_hat)
 
     def batches(self, images: Tensor) -> list[Tensor]:
         """Float batches (500, C, H, W) of images that a user brings; raises ValueError for unfit ones."""
@@ -284,8 +352,8 @@ class NoProp(nn.Module):
             answer = image.new_empty(len(image), self.classifier.out_features)
             inside, used = torch.arange(len(image), device=image.device), image.new_empty(len(image))
             for t, block in enumerate(self.blocks):
-                [(u_hat, z)] = reverse_process([block], image, z, self.steps[t : t + 1], 0.0, None)
-                answer[inside] = probability = self.classifier(u_hat).softmax(-1)
+                [(u_hat, z)] = self.reverse_process([block], image, z, self.steps[t : t + 1])
+                answer[inside] = probability = self.classify(u_hat, z).softmax(-1)
                 used[inside] = t + 1
                 stay = probability.amax(-1) <= threshold
                 inside, image, z = inside[stay], image[stay], z[stay]
@@ -325,10 +393,11 @@ def reverse_process(
     steps: list[tuple[float, ...]],
     temperature: float,
     noise: torch.Generator | None,
+    embedding: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """From z_0 (B, D) to z_T, a step a block: yields û_t and z_t, (B, D) each. Equation 3 of NoProp."""
     for block, (alpha_bar, a, b, c) in zip(blocks, steps, strict=True):
-        u_hat = clean_label(z, block(image, z, alpha_bar), alpha_bar)
+        u_hat = clean_label(z, block(image, z, alpha_bar, embedding), alpha_bar)
         xi = torch.randn(z.shape, generator=noise).to(z.device)
         z = a * u_hat + b * z + temperature * c**0.5 * xi
         yield u_hat, z
@@ -338,21 +407,71 @@ def reverse_process(
 
 
 def block_loss(
-    block: nn.Module, image: Tensor, u: Tensor, noise: Tensor, alpha_bar: float, eta: float, lam: float
+    block: nn.Module,
+    image: Tensor,
+    u: Tensor,
+    noise: Tensor,
+    alpha_bar: float,
+    eta: float,
+    lam: float,
+    embedding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) of one block at one noise level; and û (B, D), for block T's classifier.
 
     û is linear in ε̂, so this is (η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε): one constant a block times one error.
     """
     z = noisy_label(u, noise, alpha_bar)
-    eps_hat = block(image, z, alpha_bar)
+    eps_hat = block(image, z, alpha_bar, embedding)
     u_hat = clean_label(z, eps_hat, alpha_bar)
     return eta * F.mse_loss(eps_hat, noise) + lam * F.mse_loss(u_hat, u), u_hat
 
 
+def dt_loss(
+    block: nn.Module,
+    image: Tensor,
+    u: Tensor,
+    noise: Tensor,
+    alpha_bar: Tensor,
+    t: int,
+    eta: float,
+    embedding: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t, SNR = ᾱ/(1-ᾱ); and û (B, D). NoProp-DT, equation 8."""
+    level, num_blocks = alpha_bar[t - 1].item(), len(alpha_bar) - 1
+    z = noisy_label(u, noise, level)
+    u_hat = clean_label(z, block(image, z, level, embedding), level)
+    rise = (alpha_bar / (1 - alpha_bar)).diff()[t - 1].item()
+    return num_blocks / 2 * eta * rise * (u_hat - u).square().sum(1).mean(), u_hat
+
+
+def kl_to_noise(u: Tensor, alpha_bar: float) -> Tensor:
+    """KL(q(z_0 | y) ‖ N(0, I)) at ᾱ_0 = alpha_bar, mean over the batch. NoProp-DT, equation 8."""
+    dim = u.shape[1]
+    return 0.5 * (alpha_bar * u.square().sum(1).mean() - dim * alpha_bar - dim * math.log(1 - alpha_bar))
+
+
 # --- Configuration -----------------------------------------------------------------------------------------
 
-NUM_CLASSES = 10
+
+class Source(NamedTuple):
+    """A data set."""
+
+    name: str  # of its class in torchvision.datasets
+    classes: int
+    shape: tuple[int, int, int]  # channels, height, width
+    flip: bool  # whether a mirror image is as good
+    settings: dict[str, Any] = {}  # its own defaults
+
+
+SOURCES = {  # only MNIST is measured
+    "mnist": Source("MNIST", 10, (1, 28, 28), False),
+    "fashion_mnist": Source(
+        "FashionMNIST", 10, (1, 28, 28), True, {"block": "wide", "epochs": 24, "lr": 0.01}
+    ),
+    "kmnist": Source("KMNIST", 10, (1, 28, 28), False),
+    "cifar10": Source("CIFAR10", 10, (3, 32, 32), True, {"block": "wide", "epochs": 30, "lr": 0.01}),
+    "cifar100": Source("CIFAR100", 100, (3, 32, 32), True, {"block": "wide", "epochs": 30, "lr": 0.01}),
+}
 
 
 class Failure(Exception):
@@ -373,19 +492,24 @@ class Config:
     Without arguments: train with the default settings, evaluate, save the network and two pictures.
     """
 
-    preset: Literal["default", "accurate", "reference"] = "default"  # where settings start; flags win
+    preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
+    dataset: Literal["mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "folder"] = "mnist"
+    image_size: int = 32  # of --dataset folder: pictures are scaled to squares of this size, in colour
+    classes: tuple[str, ...] = ()  # of --dataset folder: its subfolders to tell apart; none named: all
+    objective: Literal["hybrid", "dt", "backprop"] = "hybrid"  # dt: the paper's; backprop: end to end
     seed: int = 0  # decides weights, order, augmentation and noise
     epochs: int = 12  # passes over the training split, each of which trains all blocks
     batch_size: int = 512  # images a step; an incomplete last batch is left out
     train_images: int | None = None  # only the first N images of the training split, for quick tries
     num_blocks: int = 10  # T, blocks and noise levels
-    embed_dim: int = 20  # D, dimension of the label embedding, at least the number of classes
-    block: Literal["small", "wide", "reference"] = "small"  # widths of the blocks: BLOCKS in the script
-    target: Literal["label", "noise"] = "label"  # what a block's network computes: û, or ε̂ directly
+    embed_dim: int | None = None  # D, of the label embedding; None: 20, or as many as classes
+    block: Literal["small", "wide", "reference", "paper"] = "small"  # the blocks: BLOCKS in the script
+    target: Literal["label", "noise", "classes"] = "label"  # a block's network computes û, ε̂, or softmax(f) W
+    classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
     eta_loss_weight: float = 2.0  # η₁, weight of MSE(ε̂, ε)
     lambda_global: float = 1.0  # η₂, weight of MSE(û, u)
     lr: float = 0.014  # highest learning rate of AdamW
-    schedule: Literal["one-cycle", "cosine"] = "one-cycle"  # one-cycle: warms up for a fifth of the run
+    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"  # one-cycle: warms up for a fifth
     eta_min: float = 1e-6  # learning rate at the end
     weight_decay: float = 1e-3  # of blocks and classifier
     embed_wd: float = 1e-7  # weight decay of the label embedding
@@ -394,7 +518,7 @@ class Config:
     ema_decay: float = 0.998  # at most, of the averaged weights that are evaluated; 0: no averaging
     augment: bool = True  # rotate, scale and shift the training images at random
     weights: Literal["equal", "ddpm"] = "equal"  # with which the blocks' û enter z_t in inference
-    embedding: Literal["learned", "fixed"] = "learned"  # fixed: the label embedding stays as it starts
+    embedding: Literal["learned", "fixed", "onehot", "prototype"] = "learned"  # fixed: stays as it starts
     blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for --merge
     select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
     temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
@@ -403,7 +527,7 @@ class Config:
     output_dir: Path = Path(".")  # folder for all that is written
     resume: bool = False  # go on from noprop_hybrid.pt in the output folder, exactly
     checkpoint_minutes: float = 10.0  # save after so many minutes inside an epoch too
-    data_root: Path = Path(__file__).resolve().parent / "data"  # folder that holds MNIST/raw/*.gz
+    data_root: Path = Path(__file__).resolve().parent / "data"  # holds MNIST/raw/*.gz, or a folder a class
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
     deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
@@ -423,9 +547,12 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a value out of range."""
+        object.__setattr__(self, "classes", tuple(self.classes))  # a list where it comes from a file
+        classes = self.source.classes
         for names, holds, rule in (
             ("epochs num_blocks patience threads hpo_trials hpo_epochs", lambda x: x >= 1, "at least 1"),
-            ("batch_size", lambda x: 2 <= x <= 55_000, "at least 2, at most the 55,000 training images"),
+            ("batch_size", lambda x: x >= 2, "at least 2"),
+            ("image_size", lambda x: x >= 28, "at least 28"),
             ("lr max_norm_embed grad_clip", lambda x: 0 < x < math.inf, "positive"),
             ("checkpoint_minutes", lambda x: x > 0, "positive"),
             ("hpo_timeout", lambda x: x is None or x > 0, "positive"),
@@ -434,14 +561,22 @@ class Config:
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
             ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
             ("early_exit", lambda x: 0 < x <= 1, "above 0, at most 1"),
-            ("embed_dim", lambda x: x >= NUM_CLASSES, f"at least {NUM_CLASSES}, an orthogonal row a class"),
+            ("embed_dim", lambda x: x is None or x >= classes, f"at least {classes}, a row a class"),
             ("train_images", lambda x: x is None or x >= self.batch_size, "None or at least batch_size"),
         ):
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
-        if self.eta_loss_weight == self.lambda_global == 0:
-            raise ValueError("eta_loss_weight and lambda_global are both 0: the blocks would learn nothing")
+        if self.embed_dim not in (None, self.dim):
+            raise ValueError(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
+        if self.objective == "backprop" and (self.blocks or self.temperature or self.classify == "z"):
+            raise ValueError(
+                "backprop trains all blocks as one, without noise: leave out blocks, temperature, z"
+            )
+        if self.classes and self.dataset != "folder" or len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes are those of dataset folder, each of them once")
+        if self.eta_loss_weight == 0 and (self.lambda_global == 0 or self.objective == "dt"):
+            raise ValueError("the weights of the blocks' loss are 0: they would learn nothing")
         if self.temperature and self.weights != "ddpm":
             raise ValueError("a temperature above 0 samples, which takes --weights ddpm")
         if sum(map(bool, (self.evaluate, self.predict, self.merge, self.run_hpo, self.resume))) > 1:
@@ -455,6 +590,26 @@ class Config:
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise ValueError("early_exit goes with evaluate or predict")
 
+    def path(self, name: str) -> Path:
+        """An output file; the objective stands in its name where name has {}."""
+        return self.output_dir / name.format(self.objective)
+
+    @property
+    def dim(self) -> int:
+        """D, which some embeddings decide themselves."""
+        own = {"onehot": self.source.classes, "prototype": math.prod(self.source.shape)}
+        return own.get(self.embedding) or self.embed_dim or max(20, self.source.classes)
+
+    @property
+    def source(self) -> Source:
+        if self.dataset == "folder":
+            return Source("", len(self.classes), (3, self.image_size, self.image_size), True)
+        return SOURCES[self.dataset]
+
+    @property
+    def learns_embedding(self) -> bool:
+        return self.embedding in ("learned", "prototype")
+
     @property
     def own_blocks(self) -> list[int]:
         """The blocks that this run trains, 1 ... T; raises ValueError where blocks can't be read."""
@@ -465,8 +620,8 @@ class Config:
         return [t for span in spans for t in range(int(span[0]), min(int(span[-1]), last) + 1)]
 
     def saved(self) -> dict[str, Any]:
-        """The fields that decide the result."""
-        fields = list(dataclasses.asdict(self).items())
+        """The fields that decide the result, as they are in a JSON file."""
+        fields = list((dataclasses.asdict(self) | {"classes": list(self.classes)}).items())
         return dict(fields[: [name for name, _ in fields].index("output_dir")])
 
 
@@ -485,19 +640,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"lr": 0.01, "weights": "ddpm", "schedule": "cosine", "ema_decay": 0.0, "augment": False},
 }
 
+OBJECTIVES: dict[str, dict[str, Any]] = {  # what an objective changes where no flag says otherwise
+    "hybrid": {},
+    "dt": {
+        "target": "classes",
+        "classify": "z",
+        "eta_loss_weight": 0.1,
+        "weights": "ddpm",
+        "temperature": 1.0,
+    },
+    "backprop": {},
+}
+# the paper's whole setting for MNIST; meant for a GPU
+PRESETS["paper"] = {"objective": "dt", "epochs": 100, "patience": 100, "batch_size": 128}
+PRESETS["paper"] |= {"block": "paper", "lr": 1e-3, "schedule": "constant", "ema_decay": 0.0, "augment": False}
+PRESETS["paper"] |= {"embed_wd": 1e-3, "max_norm_embed": 1e9, "grad_clip": 1e9}  # neither clip is the paper's
+
 
 # --- Data --------------------------------------------------------------------------------------------------
 
 
 class Split(NamedTuple):
-    """images uint8 (N, 1, 28, 28) and labels int64 (N,), on the device."""
+    """images uint8 (N, C, H, W) and labels int64 (N,), on the device."""
 
     images: Tensor
     labels: Tensor
 
 
 class Data(NamedTuple):
-    """55,000 images to train on, 5,000 to choose by, 10,000 that decide nothing."""
+    """Images to train on (of MNIST 55,000), to choose by (5,000), and such that decide nothing (10,000)."""
 
     train: Split
     val: Split
@@ -512,38 +683,154 @@ MD5 = {  # of MNIST's files, packed and unpacked
 }
 
 
-def read_mnist_file(folder: Path, name: str) -> bytes:
-    """Contents of one MNIST file, packed or unpacked, checked by md5; raises Failure if absent or damaged."""
-    for path, md5 in zip((folder / f"{name}.gz", folder / name), MD5[name], strict=True):
+def read_mnist_file(folder: Path, name: str, sums: dict[str, tuple[str, ...]] = MD5) -> bytes:
+    """Contents of one file in MNIST's format, checked by md5; raises Failure if absent or damaged."""
+    for path, md5 in zip((folder / f"{name}.gz", folder / name), sums[name], strict=False):
         if path.exists():
             content = path.read_bytes()
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
                 raise Failure(f"{path} is damaged (md5 is not {md5}): put a fresh copy in its place")
             return gzip.decompress(content) if path.suffix == ".gz" else content
-    raise Failure(f"{folder / name}.gz is missing: put MNIST's four files there, or see --data-root")
+    raise Failure(f"{folder / name}.gz is missing: put the four files there, or see --data-root")
 
 
-def load_mnist(root: Path, device: torch.device, train_images: int | None = None) -> Data:
-    """The three splits of root/MNIST/raw, the same for every seed. Raises Failure."""
+def read_mnist(root: Path, name: str = "MNIST") -> tuple[Split, Split]:
+    """Training and test images of root/NAME/raw, in MNIST's format. Raises Failure."""
+    folder, sums = root / name / "raw", MD5
+    if name != "MNIST":
+        from torchvision import datasets
+
+        sums = {Path(file).stem: (md5,) for file, md5 in getattr(datasets, name).resources}
+        if not all((folder / f"{file}.gz").exists() for file in sums):
+            files = ", ".join(f"{file}.gz" for file in sums)
+            download(name, root, f"put {files} into {folder}")
 
     def read(prefix: str) -> Split:
-        images = bytearray(read_mnist_file(folder, f"{prefix}-images-idx3-ubyte")[16:])
-        labels = bytearray(read_mnist_file(folder, f"{prefix}-labels-idx1-ubyte")[8:])
-        images, labels = (torch.frombuffer(x, dtype=torch.uint8).to(device) for x in (images, labels))
+        images = bytearray(read_mnist_file(folder, f"{prefix}-images-idx3-ubyte", sums)[16:])
+        labels = bytearray(read_mnist_file(folder, f"{prefix}-labels-idx1-ubyte", sums)[8:])
+        images, labels = (torch.frombuffer(x, dtype=torch.uint8) for x in (images, labels))
         return Split(images.view(-1, 1, 28, 28), labels.long())
 
-    folder = root / "MNIST" / "raw"
-    train, test = read("train"), read("t10k")
+    return read("train"), read("t10k")
+
+
+def download(name: str, root: Path, otherwise: str) -> list:
+    """Training and test set as torchvision has them, downloaded if need be. Raises Failure."""
+    from torchvision import datasets
+
+    lock = FileLock(Path(tempfile.gettempdir()) / f"noprop_{name}.lock")  # other processes wait
+    try:
+        with lock:
+            return [getattr(datasets, name)(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(
+            f"{name} is not in {root}, or is damaged, and can't be downloaded ({reason}): {otherwise}"
+        ) from error
+
+
+def read_cifar(root: Path, name: str) -> tuple[Split, Split]:
+    """Training and test images of CIFAR-10 or CIFAR-100. Raises Failure."""
+    archive = "cifar-10-python.tar.gz" if name == "CIFAR10" else "cifar-100-python.tar.gz"
+    sets = download(name, root, f"put {archive} there")
+    return tuple(
+        Split(torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(x.targets))
+        for x in sets
+    )
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the classes of a folder of pictures: its subfolders, or those of its subfolder train."""
+    train = root / "train" if (root / "train").is_dir() else root
+    names = sorted(path.name for path in train.iterdir() if path.is_dir()) if train.is_dir() else []
+    if len(names) < 2:
+        raise Failure(f"--data-root {root} must hold a folder of pictures for each class, two at least")
+    return tuple(names)
+
+
+def read_folder(root: Path, config: Config) -> tuple[Split, Split]:
+    """Pictures in root/CLASS, or in root/train/CLASS and root/test/CLASS. Raises Failure.
+
+    Where there is no test folder, a picture is for testing if the hash of its name says so, which is true of
+    a sixth: so it stays one when others are added.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    def read(folder: Path, keep: Callable[[str], bool] = lambda _: True) -> Split:
+        try:
+            found = make_dataset(str(folder), {x: i for i, x in enumerate(config.classes)}, IMG_EXTENSIONS)
+        except (OSError, ValueError) as error:
+            raise Failure(f"cannot read the pictures in {folder}: {str(error).splitlines()[0]}") from error
+        found = [
+            (Path(path), label) for path, label in found if keep(Path(path).relative_to(folder).as_posix())
+        ]
+        if len(found) < 10:
+            raise Failure(f"{folder} has too few pictures: {len(found)} of at least 10")
+        images = torch.stack([read_picture(path, config) for path, _ in found])
+        return Split(images, torch.tensor([label for _, label in found]))
+
+    def for_testing(name: str) -> bool:
+        return hashlib.blake2b(name.encode(), digest_size=4).digest()[0] % 6 == 0
+
+    train = root / "train" if (root / "train").is_dir() else root
+    if train != root and (root / "test").is_dir():
+        return read(train), read(root / "test")
+    return read(train, lambda name: not for_testing(name)), read(train, for_testing)
+
+
+def split_data(train: Split, test: Split, device: torch.device, train_images: int | None = None) -> Data:
+    """The three splits, alike for every seed: 5,000 training images, at most a tenth, are for validation."""
+    train, test = (Split(*(x.to(device) for x in part)) for part in (train, test))
     order = torch.randperm(len(train.labels), generator=generator("split")).to(device)
-    val, rest = order[:5000], order[5000:][:train_images]
+    held_out = min(5000, len(order) // 10)
+    val, rest = order[:held_out], order[held_out:][:train_images]
     return Data(Split(*(x[rest] for x in train)), Split(*(x[val] for x in train)), test)
 
 
-def augment(images: Tensor, noise: torch.Generator) -> Tensor:
-    """Each image (B, C, H, W) turned by ≤ 12°, scaled by ≤ 10 % and shifted by ≤ 6 % of its width."""
+def load_mnist(root: Path, device: torch.device, train_images: int | None = None) -> Data:
+    """The three splits of root/MNIST/raw. Raises Failure."""
+    return split_data(*read_mnist(root), device, train_images)
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """The three splits of the config's data set. Raises Failure."""
+    root, name = config.data_root, config.source.name
+    if config.dataset == "folder":
+        parts = read_folder(root, config)
+    else:
+        parts = read_cifar(root, name) if "cifar" in config.dataset else read_mnist(root, name)
+    data = split_data(*parts, device, config.train_images)
+    if config.batch_size > len(data.train.labels):
+        raise Failure(
+            f"--batch-size {config.batch_size} is more than the {len(data.train.labels)} training images"
+        )
+    return data
+
+
+def prototypes(split: Split, classes: int) -> Tensor:
+    """Of each class the image, (classes, C·H·W) in [0, 1], whose median distance to the others is smallest.
+
+    The paper's "prototype" embedding, which is learned from there. Raises Failure for a class without images.
+    """
+    chosen = []
+    for label in range(classes):
+        images = to_float(split.images[split.labels == label]).flatten(1)
+        if not len(images):
+            raise Failure(
+                f"--embedding prototype needs a training image of each class, and class {label} has none"
+            )
+        chosen.append(images[torch.cdist(images, images).median(1).values.argmin()])
+    return torch.stack(chosen)
+
+
+def augment(images: Tensor, noise: torch.Generator, flip: bool = False) -> Tensor:
+    """Images (B, C, H, W), turned by ≤ 12°, scaled by ≤ 10 %, shifted by ≤ 6 % of the width; or mirrored."""
     limits = torch.tensor([[math.radians(12)], [0.1], [0.12], [0.12]])  # shifts: 1 is half the width
     angle, scale, dx, dy = (torch.rand(4, len(images), generator=noise) * 2 - 1) * limits
     cos, sin = torch.cos(angle) * (1 + scale), torch.sin(angle) * (1 + scale)
+    if flip:
+        mirrored = torch.rand(len(images), generator=noise).to(images.device)[:, None, None, None] < 0.5
+        images = torch.where(mirrored, images.flip(3), images)
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
@@ -612,8 +899,26 @@ def largest(value: int) -> int:
 def build(config: Config) -> NoProp:
     """The untrained network of a config."""
     arguments = BLOCKS[config.block] | {"target": config.target, "equal_weights": config.weights == "equal"}
-    model = NoProp(config.num_blocks, NUM_CLASSES, config.embed_dim, seed=config.seed, **arguments)
+    arguments["reads_z"] = config.classify == "z"
+    model = NoProp(
+        config.num_blocks,
+        config.source.classes,
+        config.dim,
+        config.source.shape,
+        seed=config.seed,
+        **arguments,
+    )
     return model.to(memory_format=torch.channels_last)  # twice as fast as NCHW on a CPU
+
+
+@torch.no_grad()
+def start_embedding(model: NoProp, config: Config, images: Split | None) -> NoProp:
+    """The network, its embedding one-hot or an image of each class where the config says so."""
+    if config.embedding == "onehot":
+        nn.init.eye_(model.label_embedding.weight)
+    if config.embedding == "prototype" and images:
+        model.label_embedding.weight.copy_(prototypes(images, config.source.classes))
+    return model
 
 
 @contextmanager
@@ -671,15 +976,16 @@ class Training:
 
     A part is a block, the classifier or the embedding. Of several processes each trains own_blocks, the last
     block's the classifier too, and all of them the embedding, alike; gather() brings everything to the first.
+    The embedding starts orthonormal, or as one-hot rows, or as an image of each class, chosen among images.
     """
 
     PLAIN = ("step", "lr", "seconds", "selected_epoch", "history")
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, images: Split | None = None):
         self.config, self.device = config, device
         rank, size = rank_and_size()
         self.own_blocks = config.own_blocks[rank::size]
-        self.model = build(config).to(device)
+        self.model = start_embedding(build(config).to(device), config, images)
         self.averaged = copy.deepcopy(self.model).eval()
         self.parts, self.optimizers, self.tensors = {}, {}, {}  # by name
         everything = list(range(1, config.num_blocks + 1))
@@ -777,6 +1083,8 @@ class Training:
 
 def learning_rate(progress: float, config: Config) -> float:
     """The learning rate after a fraction of all steps."""
+    if config.schedule == "constant":
+        return config.lr
     warm_up = 0.2 if config.schedule == "one-cycle" else 0.0
     if progress < warm_up:
         return config.lr * (0.04 + 0.96 * progress / warm_up)
@@ -785,17 +1093,42 @@ def learning_rate(progress: float, config: Config) -> float:
 
 
 def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Tensor, lr: float):
-    """One step of block t, alone: its losses, its gradient norms, the gradient of its loss by u (B, D)."""
+    """One step of block t, alone: its losses, its gradient norms, the gradients of its loss by u and W."""
     config, model = training.config, training.model
-    u = u.detach().requires_grad_()  # the gradient for the shared embedding ends here, and is handed over
+    # the gradients for the shared embedding end here, and are handed over
+    u, embedding = u.detach().requires_grad_(), model.label_embedding.weight.detach().requires_grad_()
     noise = torch.randn(u.shape, generator=generator(config.seed, "noise", t, training.step)).to(u.device)
     block, level = model.blocks[t - 1], model.alpha_bar[t - 1].item()
-    loss, u_hat = block_loss(block, image, u, noise, level, config.eta_loss_weight, config.lambda_global)
+    set_dropout(block, config.seed, t, training.step)
+    if config.objective == "dt":
+        eta = config.eta_loss_weight
+        loss, u_hat = dt_loss(block, image, u, noise, model.alpha_bar, t, eta, embedding)
+    else:
+        weights = config.eta_loss_weight, config.lambda_global
+        loss, u_hat = block_loss(block, image, u, noise, level, *weights, embedding)
     losses = {f"blocks.{t - 1}": loss}
     if t == config.num_blocks:  # the classifier is the head of the last block
-        losses["classifier"] = F.cross_entropy(model.classifier(u_hat), label)
+        losses["classifier"] = classifier_loss(training, u_hat, u, label)
     sum(losses.values()).backward()
-    return {name: (loss.detach(), training.update(name, lr)) for name, loss in losses.items()}, u.grad
+    found = {name: (loss.detach(), training.update(name, lr)) for name, loss in losses.items()}
+    return found, (u.grad, embedding.grad)
+
+
+def set_dropout(block: nn.Module, seed: int, t: int, step: int) -> None:
+    """Give the dropout in block t its draws of this step."""
+    for module in block.modules():
+        if isinstance(module, Dropout):
+            module.noise = generator(seed, "dropout", t, step)
+
+
+def classifier_loss(training: Training, u_hat: Tensor, u: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of the classifier, of û_T or of a z_T drawn from q(z_T | y); with dt, and the KL term."""
+    config, model = training.config, training.model
+    if config.classify == "z":
+        noise = torch.randn(u.shape, generator=generator(config.seed, "noise", "z_T", training.step))
+        u_hat = noisy_label(u, noise.to(u.device), model.alpha_bar[-1].item())
+    loss = F.cross_entropy(model.classifier(u_hat), label)
+    return loss + kl_to_noise(u, model.alpha_bar[0].item()) if config.objective == "dt" else loss
 
 
 def train_step(training: Training, image: Tensor, label: Tensor, lr: float, parallel=map) -> Tensor:
@@ -803,18 +1136,40 @@ def train_step(training: Training, image: Tensor, label: Tensor, lr: float, para
 
     It holds T + 1 losses, of blocks and classifier, and T + 2 gradient norms, of these and the embedding.
     """
-    u = training.model.label_embedding(label)  # (B, D)
-    steps = parallel(lambda t: train_block(training, t, image, u, label, lr), training.own_blocks)
-    results, gradients = zip(*steps, strict=True)
-    results = {name: pair for result in results for name, pair in result.items()}
-    zero = u.new_zeros(())
-    if training.config.embedding == "learned":
-        u.backward(sum(gradients))  # all that the blocks share
-        collective(dist.all_reduce, training.parts["label_embedding"].grad)
-        results["label_embedding"] = zero, training.update("label_embedding", lr)
+    model, zero = training.model, image.new_zeros(())
+    if training.config.objective == "backprop":
+        results = backprop_step(training, image, label, lr)
+    else:
+        u = model.label_embedding(label)  # (B, D)
+        steps = parallel(lambda t: train_block(training, t, image, u, label, lr), training.own_blocks)
+        results, gradients = zip(*steps, strict=True)
+        results = {name: pair for result in results for name, pair in result.items()}
+        if training.config.learns_embedding:
+            by_u, by_w = zip(*gradients, strict=True)
+            u.backward(sum(by_u))  # all that the blocks share
+            for gradient in (x for x in by_w if x is not None):
+                model.label_embedding.weight.grad += gradient
+            collective(dist.all_reduce, training.parts["label_embedding"].grad)
+            results["label_embedding"] = zero, training.update("label_embedding", lr)
     training.step += 1
     losses, norms = zip(*(results.get(name, (zero, zero)) for name in training.parts), strict=True)
     return torch.stack([*losses[:-1], *norms])
+
+
+def backprop_step(training: Training, image: Tensor, label: Tensor, lr: float) -> dict[str, tuple]:
+    """A step of the twin: the same network, trained end to end through all reverse steps by cross-entropy."""
+    config, model = training.config, training.model
+    torch.set_num_threads(config.threads)  # blocks wait for each other: all cores on each of them
+    for t, block in enumerate(model.blocks, start=1):
+        set_dropout(block, config.seed, t, training.step)
+    loss = F.cross_entropy(model(image)[:, -1], label)
+    loss.backward()
+    through_w = config.target == "classes" and config.learns_embedding
+    names = [name for name in training.parts if name != "label_embedding" or through_w]
+    norms = {name: training.update(name, lr) for name in names}
+    torch.set_num_threads(1)
+    zero = loss.new_zeros(())
+    return {name: (loss.detach() if name == "classifier" else zero, norm) for name, norm in norms.items()}
 
 
 def train(
@@ -837,7 +1192,8 @@ def train(
             started = time.perf_counter()
             image = to_float(images[batch])
             if config.augment:
-                image = augment(image, generator(config.seed, "augment", training.step))
+                address = (config.seed, "augment", training.step)
+                image = augment(image, generator(*address), config.source.flip)
             training.lr = learning_rate(training.step / (steps * config.epochs), config)
             training.log.append(train_step(training, image, labels[batch], training.lr, parallel))
             if labels.device.type == "cpu":  # elsewhere, to look at a value is to wait for it
@@ -913,6 +1269,8 @@ def standard_error(accuracy: float, images: int) -> float:
 # --- Files and pictures ------------------------------------------------------------------------------------
 
 FORMAT = "noprop-example-1"
+CHECKPOINT = "noprop_{}.pt"  # {} is the objective
+OUTPUTS = (CHECKPOINT, "noprop_{}.json", "training_progress_{}.png", "denoising_{}.png")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -1013,7 +1371,10 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
         x = [record["epoch"] for record in history]
         y = [np.mean(np.array(record[name], float)) for record in history]  # None becomes nan
         axes.plot(x, y, color=color, marker=marker, markersize=4, label=label.format(*y[-1:] or [math.nan]))
-    cuts, error = range(1, len(chain) + 1), [standard_error(accuracy, 10_000) for accuracy in chain]
+    cuts, error = (
+        range(1, len(chain) + 1),
+        [standard_error(accuracy, summary["test_images"]) for accuracy in chain],
+    )
     label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
     blocks.errorbar(cuts, chain, error, color=ORANGE, marker="s", markersize=4, capsize=2, label=label)
     losses.set(title="Training losses", xlabel="epoch", ylabel="loss", yscale="log")
@@ -1030,7 +1391,7 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
-    """A dozen test digits, half of them hard, and the class probabilities in z_0 ... z_T of each, at τ = 1.
+    """A dozen test images, half of them hard, and the class probabilities in z_0 ... z_T of each, at τ = 1.
 
     Class k has the density N(z_t; √ᾱ_t u_k, (1-ᾱ_t) I) at z_t.
     """
@@ -1038,45 +1399,67 @@ def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
 
     truth = test.labels.cpu()
     certainty = model.probabilities(test.images)[:, -1].cpu().gather(1, truth[:, None])[:, 0]
-    chosen = torch.cat([torch.arange(6), certainty.argsort()[:24:4]])
+    chosen = torch.cat([torch.arange(min(6, len(truth))), certainty.argsort()[:24:4]])
     image, noise, u = to_float(test.images[chosen]), generator("denoising"), model.label_embedding.weight
     z = torch.randn(len(chosen), u.shape[1], generator=noise).to(u.device)
     steps = reverse_steps(model.alpha_bar, equal_weights=False)
-    states = [z, *(z for _, z in reverse_process(model.blocks, image, z, steps, 1.0, noise))]
+    states = [z, *(z for _, z in model.reverse_process(model.blocks, image, z, steps, 1.0, noise))]
     z, level = torch.stack(states, 1).unsqueeze(2), model.alpha_bar.float().to(u.device).view(-1, 1, 1)
     distance = (z - level.sqrt() * u).square().sum(-1)  # (12, T+1, classes)
     probabilities = (-distance / (2 * (1 - level[:, :, 0]))).softmax(-1).cpu()
     figure = Figure(figsize=(11, 6.8), layout="constrained")
-    figure.suptitle(
-        "Class probabilities in z_t, from noise (t = 0) to the answer (t = T); below, hard digits"
-    )
+    figure.suptitle("Class probabilities in z_t, from noise (t = 0) to the answer (t = T); below, hard ones")
     axes = figure.subplots(4, 6, height_ratios=(1, 1.2, 1, 1.2))
     for i, (digit, chart) in enumerate(zip(axes[::2].flat, axes[1::2].flat, strict=True)):
+        if i >= len(chosen):  # a small data set
+            digit.set_axis_off()
+            chart.set_axis_off()
+            continue
         answer, label = int(probabilities[i, -1].argmax()), int(truth[chosen[i]])
-        digit.imshow(image[i, 0].cpu().numpy(), cmap="gray")
+        digit.imshow(image[i].permute(1, 2, 0).cpu().numpy(), cmap="gray")  # in colour if it has some
         digit.set_axis_off()
         digit.set_title(f"{answer}" if answer == label else f"{answer} (labelled {label})", fontsize=10)
         chart.imshow(probabilities[i].T.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        chart.set(xlabel="t", ylabel="class", yticks=range(0, len(u), 3))
+        chart.set(xlabel="t", ylabel="class", yticks=range(0, len(u), max(3, len(u) // 4)))
     save_figure(figure, path)
 
 
 # --- Using a network ---------------------------------------------------------------------------------------
 
 
-def read_picture(path: Path) -> Tensor:
-    """A PNG or JPEG as MNIST would have it, uint8 (28, 28): light on dark, 20 pixels large, centred by mass.
-
-    Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure
-    for a file that can't be read and for an empty picture.
-    """
+def open_picture(path: Path):
+    """A PNG or JPEG, upright, RGBA; raises Failure for a file that can't be read."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            return ImageOps.exif_transpose(picture).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Failure(f"cannot read the image {path}: {error}") from error
+
+
+def read_picture(path: Path, config: Config) -> Tensor:
+    """A picture file as the config's data set has its images, uint8 (C, H, W). Raises Failure."""
+    from PIL import Image, ImageOps
+
+    if config.dataset in ("mnist", "kmnist"):
+        return read_character(path).unsqueeze(0)
+    channels, *size = config.source.shape
+    upright = open_picture(path)
+    on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    fitted = np.array(ImageOps.fit(on_white.convert("RGB" if channels == 3 else "L"), size[::-1]))
+    return torch.from_numpy(fitted).view(*size, channels).permute(2, 0, 1)
+
+
+def read_character(path: Path) -> Tensor:
+    """A picture as MNIST would have it, uint8 (28, 28): light on dark, 20 pixels large, centred by mass.
+
+    Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure
+    for a file that can't be read and for an empty picture.
+    """
+    from PIL import Image
+
+    upright = open_picture(path)
     on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     gray = np.asarray(on_white.convert("L"), np.float32)
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
@@ -1098,15 +1481,20 @@ def classify(config: Config, device: torch.device) -> None:
     checkpoint, *pictures = config.predict
     if not pictures:
         raise Failure("--predict takes a checkpoint and then at least one image file")
-    model, images = load(checkpoint, device), torch.stack([read_picture(path) for path in pictures])
+    model = load(checkpoint, device)
+    images = torch.stack([read_picture(path, model.config) for path in pictures])
+    names = model.config.classes or range(model.config.source.classes)
     for path, probability in zip(pictures, model.early_exit(images, config.early_exit)[0], strict=True):
-        best = [f"{k}: {100 * probability[k]:.1f} %" for k in probability.topk(3).indices]
-        print(f"{path}: {probability.argmax()}  ({', '.join(best)})")
+        top = probability.topk(min(3, len(probability))).indices.tolist()
+        best = [f"{names[k]}: {100 * probability[k]:.1f} %" for k in top]
+        print(f"{path}: {names[top[0]]}  ({', '.join(best)})")
 
 
 def evaluate_checkpoint(config: Config, device: torch.device) -> None:
     """Print the test accuracy of the trained network of --evaluate."""
-    model, test = load(config.evaluate, device), load_mnist(config.data_root, device).test
+    model = load(config.evaluate, device)
+    trained = dataclasses.replace(model.config, data_root=config.data_root)
+    test = load_data(trained, device).test
     with workers(device, config.threads) as parallel:
         if config.early_exit < 1:
             probability, blocks = model.early_exit(test.images, config.early_exit)
@@ -1170,7 +1558,7 @@ class FolderInUse(Failure):
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other runs out while this lasts. Raises Failure, FolderInUse."""
-    lock = FileLock(folder / ".noprop_hybrid.lock", timeout=0)  # goes when its owner dies
+    lock = FileLock(folder / ".noprop_run.lock", timeout=0)  # goes when its owner dies
 
     def acquire() -> None:
         make_folder(folder)
@@ -1188,9 +1576,9 @@ def output_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def begin(config: Config, device: torch.device, path: Path) -> Training:
+def begin(config: Config, device: torch.device, path: Path, images: Split) -> Training:
     """A new training, keeping an older checkpoint under another name; or, with --resume, the checkpoint's."""
-    training, content = Training(config, device), on_first(previous, config, device, path)
+    training, content = Training(config, device, images), on_first(previous, config, device, path)
     if content:
         try:
             training.load_state_dict(content["training"], content["model"])
@@ -1226,9 +1614,9 @@ def previous(config: Config, device: torch.device, path: Path) -> dict[str, Any]
 
 
 def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, Any]:
-    """What noprop_hybrid.json says of a run; accuracies in percent."""
+    """What noprop_hybrid.json, or that of another objective, says of a run; accuracies in percent."""
     config, history, device = training.config, training.history, data.test.images.device
-    model = build(config).to(device).eval()
+    model = start_embedding(build(config).to(device).eval(), config, data.train)
     norm_start = model.label_embedding.weight.norm(dim=1).mean().item()
     model.load_state_dict(training.selected)
     norm_end = model.label_embedding.weight.norm(dim=1).mean().item()
@@ -1246,6 +1634,7 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
         "val_accuracy": val["accuracy"][-1],
         "test_accuracy": test["accuracy"][-1],
         "best_test_accuracy": max(seen, default=test["accuracy"][-1]),
+        "test_images": len(data.test.labels),
         "test_accuracy_by_blocks": test["accuracy"],
         "test_accuracy_average": test["average"],
         "embedding_norm_start": norm_end if config.embedding == "fixed" else norm_start,
@@ -1264,27 +1653,29 @@ def matmul_peak(device: str, size: int = 1024) -> float:
     return 2e-9 * size**3 / min(seconds)
 
 
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
+def print_summary(summary: dict[str, Any], config: Config) -> None:
     accuracy, chain = summary["test_accuracy"], summary["test_accuracy_by_blocks"]
+    images = summary["test_images"]
     print(f"""
-Test accuracy    {accuracy:.2f} ± {standard_error(accuracy, 10_000):.2f} % (± for 10,000 images)
+Test accuracy    {accuracy:.2f} ± {standard_error(accuracy, images):.2f} % (± for {images:,} images)
 Weights          epoch {summary["selected_epoch"]}, chosen on validation images
 Best test epoch  {summary["best_test_accuracy"]:.2f} % (chosen on the test set, as the original did)
 After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
 Blocks' average  {summary["test_accuracy_average"]:.2f} % (of the class probabilities of all blocks)
 Time             {summary["seconds"]:.0f} s of training, {summary["seconds_total"]:.0f} s in all
 Machine          {summary["device"]}, float32 matmul peak {matmul_peak(summary["device"]):.0f} GFLOP/s
-Files            noprop_hybrid.pt, noprop_hybrid.json, training_progress_hybrid.png, denoising.png
-Folder           {folder.resolve()}""")
+Files            {", ".join(config.path(name).name for name in OUTPUTS)}
+Folder           {config.output_dir.resolve()}""")
 
 
 def finish(training: Training, data: Data, parallel: Callable, started: float) -> dict[str, Any]:
     """Evaluate the selected weights, write the summary and the pictures; returns the summary."""
-    folder, summary = training.config.output_dir, summarize(training, data, parallel)
-    draw_denoising(folder / "denoising.png", load(folder / "noprop_hybrid.pt", training.device), data.test)
-    draw_progress(folder / "training_progress_hybrid.png", summary)
+    summary = summarize(training, data, parallel)
+    checkpoint, summary_file, progress, denoising = (training.config.path(name) for name in OUTPUTS)
+    draw_denoising(denoising, load(checkpoint, training.device), data.test)
+    draw_progress(progress, summary)
     summary["seconds_total"] = time.perf_counter() - started
-    write_file(folder / "noprop_hybrid.json", json.dumps(summary, indent=1).encode())
+    write_file(summary_file, json.dumps(summary, indent=1).encode())
     return summary
 
 
@@ -1301,12 +1692,14 @@ def epoch_line(record: dict[str, Any], config: Config) -> str:
 def run(config: Config, device: torch.device) -> int:
     """Train, evaluate, write all files; returns the exit code."""
     started, code, signalled = time.perf_counter(), 0, catch_signals()
-    data = load_mnist(config.data_root, device, config.train_images)
-    path, (rank, size) = config.output_dir / "noprop_hybrid.pt", rank_and_size()
+    data = load_data(config, device)
+    path, (rank, size) = config.path(CHECKPOINT), rank_and_size()
+    if size > 1 and config.objective == "backprop":
+        raise Failure("backprop trains all blocks as one network: start it without torchrun")
     if size > len(config.own_blocks):
         raise Failure(f"{size} processes for {len(config.own_blocks)} blocks: start at most one a block")
     with output_folder(config.output_dir), workers(device, config.threads) as parallel:
-        training = begin(config, device, path)
+        training = begin(config, device, path, data.train)
         steps = config.epochs * (len(data.train.labels) // config.batch_size)
         bar = tqdm(total=steps, initial=training.step, disable=rank > 0 or None, unit="step", leave=False)
         if rank == 0:
@@ -1342,7 +1735,7 @@ def run(config: Config, device: torch.device) -> int:
             bar.close()
         summary = finish(training, data, parallel, started) if rank == 0 and not config.blocks else None
     if summary:
-        print_summary(summary, config.output_dir)
+        print_summary(summary, training.config)
     elif rank == 0:
         print(f"Blocks {config.blocks} are in {path}; --merge puts them and the others together.")
     return code
@@ -1350,17 +1743,18 @@ def run(config: Config, device: torch.device) -> int:
 
 def merge(config: Config, device: torch.device) -> int:
     """Put the separately trained blocks of --merge together, evaluate, write all files."""
-    started, path = time.perf_counter(), config.output_dir / "noprop_hybrid.pt"
-    merged = merged_checkpoint(config.merge)
-    whole = dataclasses.replace(merged["config"], output_dir=config.output_dir)
-    data = load_mnist(config.data_root, device, whole.train_images)
+    started, merged = time.perf_counter(), merged_checkpoint(config.merge)
+    places = {"output_dir": config.output_dir, "data_root": config.data_root}
+    whole = dataclasses.replace(merged["config"], **places)
+    path = whole.path(CHECKPOINT)
+    data = load_data(whole, device)
     with output_folder(config.output_dir), workers(device, config.threads) as parallel:
         previous(whole, device, path)
         training = Training(whole, device)
         training.load_state_dict(merged["training"], merged["model"])
         save_checkpoint(path, training)
         summary = finish(training, data, parallel, started)
-    print_summary(summary, config.output_dir)
+    print_summary(summary, training.config)
     return 0
 
 
@@ -1393,7 +1787,8 @@ def check_parts(paths: tuple[Path, ...], contents: list[dict[str, Any]], configs
     the place of its blocks, and need only fit.
     """
     exchange, whole = not configs[0].blocks, contents[0]
-    names = ("num_blocks", "embed_dim", "block", "target") if exchange else set(whole["config"]) - {"blocks"}
+    fitting = ("dataset", "image_size", "classes", "classify", "num_blocks", "embed_dim", "block", "target")
+    names = fitting if exchange else set(whole["config"]) - {"blocks"}
     for path, part in zip(paths, contents, strict=True):
         for name in sorted(names):
             here, there = part["config"][name], whole["config"][name]
@@ -1467,7 +1862,7 @@ def open_study(config: Config):
     settings = dataclasses.replace(config, epochs=config.hpo_epochs).saved()
     given = {name: value for name, value in settings.items() if name not in searched}
     ranges = {f"the range of {name}": str(bounds) for name, bounds in space.items()}
-    described = ranges | given | {"hpo_objective": config.hpo_objective}
+    described = json.loads(json.dumps(ranges | given | {"hpo_objective": config.hpo_objective}))
     start = {name: value for name, value in settings.items() if name in space}
     start = {k: x for k, x in start.items() if x is not None and x in getattr(space[k], "choices", [x])}
     for patience in (1, 1, 0):
@@ -1508,7 +1903,7 @@ class Search:
 
     def __init__(self, config: Config, device: torch.device, signalled: Callable[[], int]):
         self.config, self.device, self.signalled = config, device, signalled
-        data = load_mnist(config.data_root, device, config.train_images)
+        data = load_data(config, device)
         self.data = data._replace(test=None)  # a search never sees a test image
         self.lock = FileLock(config.output_dir / ".noprop_hpo.lock")  # among the workers in this folder
         with self.lock:
@@ -1580,7 +1975,9 @@ class Search:
         except (TypeError, ValueError) as error:
             raise Failure(f"suggest() proposes what is no setting: {error}") from error
         try:
-            for record in train(Training(config, self.device), self.data, parallel, self.check_signals):
+            for record in train(
+                Training(config, self.device, self.data.train), self.data, parallel, self.check_signals
+            ):
                 trial.set_user_attr("record", record)
                 error = 100 - record["val_accuracy"]
                 cost = record["val_loss"] if config.hpo_objective == "loss" else error
@@ -1691,7 +2088,7 @@ def search(config: Config, device: torch.device) -> int:
         return code
     final = dataclasses.replace(config, **best, run_hpo=False)
     with suppress(Failure):  # started again, go on with the final run too
-        begun = read_checkpoint(config.output_dir / "noprop_hybrid.pt")["config"] == final.saved()
+        begun = read_checkpoint(final.path(CHECKPOINT))["config"] == final.saved()
         final = dataclasses.replace(final, resume=begun)
     print("\nTraining with the best settings.")
     try:
@@ -1712,10 +2109,15 @@ def settings_as_flags(path: Path) -> list[str]:
     try:
         content = json.loads(path.read_text())
         settings = content.get("config", content)
-        return [
-            f"--{'no-' * (value is False)}{name}" + ("" if isinstance(value, bool) else f"={value}")
-            for name, value in settings.items()
-        ]
+        flags: list[str] = []
+        for name, value in settings.items():
+            if isinstance(value, list):
+                flags += [f"--{name}", *map(str, value)] if value else []
+            elif isinstance(value, bool):
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                flags.append(f"--{name}={value}")
+        return flags
     except (OSError, ValueError, AttributeError) as error:
         raise Failure(
             f"cannot read settings from {path}: it must be a JSON file as hpo_best.json is"
@@ -1731,25 +2133,28 @@ def read_config(arguments: list[str] | None = None) -> Config:
     if first.config:
         arguments = [*settings_as_flags(first.config), *arguments]
         first = tyro.cli(Draft, args=arguments)
-    path = first.output_dir / "noprop_hybrid.pt"
-    implied: dict[str, Any] = {"embedding": "fixed"} if first.embedding_from else {}
+    preset = PRESETS[first.preset]
+    named = any(x.split("=")[0] == "--objective" for x in arguments)
+    objective = first.objective if named else preset.get("objective", "hybrid")
+    implied = first.source.settings | OBJECTIVES[objective] | preset
+    implied |= {"objective": objective, "dataset": first.dataset}
+    implied |= {"classes": class_folders(first.data_root)} if first.dataset == "folder" else {}
+    implied |= {"embedding": "fixed"} if first.embedding_from else {}
     implied |= {"select": "last"} if first.blocks else {}
-    if not (first.resume and path.exists()):
-        default = Config(preset=first.preset, **PRESETS[first.preset] | implied)
-        given = tyro.cli(Config, args=arguments, default=default)
-        if given.blocks and (given.embedding, given.select) != ("fixed", "last"):
+    given = tyro.cli(Config, args=arguments, default=Config(preset=first.preset, **implied))
+    path = given.path(CHECKPOINT)
+    if not (given.resume and path.exists()):
+        if given.blocks and (given.learns_embedding or given.select != "last"):
             raise Failure("--blocks takes --embedding fixed (or --embedding-from) and --select last")
         if given.embedding_from and given.embedding != "fixed":
             raise Failure("--embedding-from freezes the embedding that it takes: leave --embedding out")
         return given
     saved = read_checkpoint(path)["config"]
     given = tyro.cli(Config, args=arguments, default=Config(**saved))
-    for name, value in saved.items():
-        if getattr(given, name) != value and (name != "epochs" or given.epochs < value):
+    for name, new in given.saved().items():
+        if new != (old := saved.get(name, new)) and (name != "epochs" or new < old):
             flag = f"--{name.replace('_', '-')}"
-            raise Failure(
-                f"{flag} {getattr(given, name)} contradicts {path}, which has {value}: leave it out"
-            )
+            raise Failure(f"{flag} {new} contradicts {path}, which has {old}: leave it out")
     return given
 
 

@@ -45,10 +45,10 @@ def test_files_of_a_run(trained, capsys):
     checkpoint = torch.load(trained / "noprop_hybrid.pt", weights_only=True)
     assert checkpoint["config"] == summary["config"] and "output_dir" not in checkpoint["config"]
     assert {name.split(".")[0] for name in checkpoint["model"]} == {"blocks", "label_embedding", "classifier"}
-    for name in ("training_progress_hybrid.png", "denoising.png"):
+    for name in ("training_progress_hybrid.png", "denoising_hybrid.png"):
         with Image.open(trained / name) as picture:
             assert picture.width >= 1000
-    assert [path.name for path in trained.glob(".*")] == [".noprop_hybrid.lock"]
+    assert [path.name for path in trained.glob(".*")] == [".noprop_run.lock"]
     assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt")]) == 0
     assert f"Test accuracy {summary['test_accuracy']:.2f} ±" in capsys.readouterr().out
 
@@ -101,7 +101,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--preset", "none"], "--preset"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch-size", "1"], "batch_size must be at least 2"),
-        (["--batch-size", "60000"], "batch_size must be at least 2, at most the 55,000"),
+        (["--batch-size", "60000"], "--batch-size 60000 is more than the 55000 training images"),
         (["--lr", "-0.1"], "lr must be positive"),
         (["--lr", "nan"], "lr must be positive"),
         (["--eta-min", "1"], "eta_min must be between"),
@@ -227,7 +227,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, result.stderr
     assert re.fullmatch(r"error: cannot write .*noprop_hybrid.pt: File too large\n", result.stderr)
-    names = {path.name for path in tmp_path.iterdir()} - {".noprop_hybrid.lock"}
+    names = {path.name for path in tmp_path.iterdir()} - {".noprop_run.lock"}
     assert names == {"noprop_hybrid.json", "training_progress_hybrid.png"}
 
 
@@ -251,7 +251,9 @@ def test_signals_leave_whole_files(tmp_path, number, code):
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     summary = json.loads((tmp_path / "noprop_hybrid.json").read_text())
     assert 1 <= summary["epochs"] == len(checkpoint["training"]["history"]) < 50 and not summary["finished"]
-    assert {"training_progress_hybrid.png", "denoising.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"training_progress_hybrid.png", "denoising_hybrid.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_importing_prints_and_writes_nothing(tmp_path):

@@ -55,9 +55,9 @@ def test_resume_is_exact_wherever_the_run_was_stopped(step, undisturbed, tmp_pat
 def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert noprop.main(tiny_flags(tmp_path)) == 0
     before = fingerprint(tmp_path)
-    (tmp_path / "denoising.png").unlink()
+    (tmp_path / "denoising_hybrid.png").unlink()
     assert noprop.main([*tiny_flags(tmp_path), "--resume"]) == 0
-    assert (tmp_path / "denoising.png").exists() and fingerprint(tmp_path) == before
+    assert (tmp_path / "denoising_hybrid.png").exists() and fingerprint(tmp_path) == before
     assert noprop.main(["--resume", "--epochs=2", f"--output-dir={tmp_path}"]) == 0
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     assert content["config"]["epochs"] == 2 and content["training"]["step"] == 8
