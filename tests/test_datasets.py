@@ -144,6 +144,20 @@ def test_a_folder_of_pictures(tmp_path, data, capsys, layout):
     assert f"Test accuracy {accuracy:.2f}" in capsys.readouterr().out
 
 
+def test_the_pictures_for_testing_are_not_trained_on_and_stay_when_others_are_added(tmp_path, data):
+    names, digits = ["zero", "one", "seven"], noprop.Split(*(x[:1500] for x in data.train))
+    write_pictures(tmp_path, digits, names)
+    config = noprop.Config(dataset="folder", classes=tuple(sorted(names)), data_root=tmp_path)
+    train, test = (
+        {image.numpy().tobytes() for image in split.images} for split in noprop.read_folder(tmp_path, config)
+    )
+    pictures = len(list(tmp_path.glob("*/*.png")))
+    assert not train & test and len(train) + len(test) == pictures and 4 < pictures / len(test) < 9
+    Image.new("RGB", (40, 50), "blue").save(tmp_path / "one" / "0000.png")
+    again = {image.numpy().tobytes() for image in noprop.read_folder(tmp_path, config)[1].images}
+    assert test <= again
+
+
 def test_bad_folders(tmp_path, capsys):
     arguments = ["--dataset=folder", f"--output-dir={tmp_path / 'out'}"]
     fails(capsys, 2, [*arguments, f"--data-root={tmp_path / 'none'}"], "a folder of pictures for each class")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import CPU, TINY, noprop, same, train_tiny
 from test_command_line import fails
+from test_isolation import Recorder
 from torch import nn
 
 
@@ -62,6 +63,24 @@ def test_a_dt_block_is_trained_alone(batch, t):
         assert changed and all(name.startswith(own) for name in changed)
         results.append(training.model.blocks[t - 1].state_dict())
     assert same(*results)
+
+
+def test_the_embedding_gets_the_gradient_of_all_losses_through_u_and_w(batch):
+    """What the blocks hand over adds up to the gradient of the sum of all losses, nothing detached."""
+    (image, label), config = batch, dt_config(grad_clip=1e9)
+    training = noprop.Training(config, CPU)
+    training.optimizers = {name: Recorder() for name in training.parts}
+    noprop.train_step(training, image, label, 1e-3)
+    found = training.parts["label_embedding"].grad.view(10, 20)
+    other = noprop.Training(config, CPU)
+    model, total = other.model, 0
+    u, w = model.label_embedding(label), model.label_embedding.weight
+    for t, block in enumerate(model.blocks, start=1):
+        noise = torch.randn(u.shape, generator=noprop.generator(config.seed, "noise", t, 0))
+        loss, u_hat = noprop.dt_loss(block, image, u, noise, model.alpha_bar, t, config.eta_loss_weight, w)
+        total = total + loss
+    total = total + noprop.classifier_loss(other, u_hat, u, label)
+    torch.testing.assert_close(found, torch.autograd.grad(total, w)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_twin_is_trained_through_all_blocks(batch):
