@@ -1346,9 +1346,6 @@ def network_of(content: dict[str, Any], path: str | Path) -> NoProp:
     return model.eval()
 
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
-
-
 def save_figure(figure, path: Path, **more) -> None:
     figure.savefig(file := io.BytesIO(), format="png", dpi=110, **more)
     write_file(path, file.getvalue())
@@ -1358,25 +1355,29 @@ def draw_progress(path: Path, summary: dict[str, Any]) -> None:
     """Losses, accuracies and learning rate by epoch; accuracy after each block."""
     from matplotlib.figure import Figure
 
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for colour-blind readers too
     figure = Figure(figsize=(11, 7), layout="constrained")
     (losses, blocks), (accuracies, rates) = figure.subplots(2, 2)
     history, chain = summary["history"], summary["test_accuracy_by_blocks"]
+    block_loss_name = {
+        "hybrid": "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)",
+        "dt": "blocks, mean: T/2 η ΔSNR ‖û - u‖²",
+        "backprop": "blocks: no losses of their own",
+    }[summary["config"]["objective"]]
     for axes, name, color, marker, label in (
-        (losses, "block_losses", BLUE, "o", "blocks, mean: η₁ MSE(ε̂, ε) + η₂ MSE(û, u)"),
-        (losses, "classifier_loss", ORANGE, "s", "classifier: cross-entropy"),
-        (accuracies, "val_accuracy", BLUE, "o", "validation, at the end {:.2f} %"),
-        (accuracies, "test_accuracy", ORANGE, "s", "test (decides nothing), at the end {:.2f} %"),
-        (rates, "lr", GREEN, "o", "at the end of the epoch"),
+        (losses, "block_losses", blue, "o", block_loss_name),
+        (losses, "classifier_loss", orange, "s", "classifier: cross-entropy"),
+        (accuracies, "val_accuracy", blue, "o", "validation, at the end {:.2f} %"),
+        (accuracies, "test_accuracy", orange, "s", "test (decides nothing), at the end {:.2f} %"),
+        (rates, "lr", green, "o", "at the end of the epoch"),
     ):
         x = [record["epoch"] for record in history]
         y = [np.mean(np.array(record[name], float)) for record in history]  # None becomes nan
         axes.plot(x, y, color=color, marker=marker, markersize=4, label=label.format(*y[-1:] or [math.nan]))
-    cuts, error = (
-        range(1, len(chain) + 1),
-        [standard_error(accuracy, summary["test_images"]) for accuracy in chain],
-    )
+    cuts, images = range(1, len(chain) + 1), summary["test_images"]
+    error = [standard_error(accuracy, images) for accuracy in chain]
     label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
-    blocks.errorbar(cuts, chain, error, color=ORANGE, marker="s", markersize=4, capsize=2, label=label)
+    blocks.errorbar(cuts, chain, error, color=orange, marker="s", markersize=4, capsize=2, label=label)
     losses.set(title="Training losses", xlabel="epoch", ylabel="loss", yscale="log")
     accuracies.set(title="Accuracy of the averaged weights", xlabel="epoch", ylabel="%")
     rates.set(title="Learning rate", xlabel="epoch")
