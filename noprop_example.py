@@ -1159,6 +1159,7 @@ def train_step(training: Training, image: Tensor, label: Tensor, lr: float, para
 def backprop_step(training: Training, image: Tensor, label: Tensor, lr: float) -> dict[str, tuple]:
     """A step of the twin: the same network, trained end to end through all reverse steps by cross-entropy."""
     config, model = training.config, training.model
+    before = torch.get_num_threads()
     torch.set_num_threads(config.threads)  # blocks wait for each other: all cores on each of them
     for t, block in enumerate(model.blocks, start=1):
         set_dropout(block, config.seed, t, training.step)
@@ -1167,7 +1168,7 @@ def backprop_step(training: Training, image: Tensor, label: Tensor, lr: float) -
     through_w = config.target == "classes" and config.learns_embedding
     names = [name for name in training.parts if name != "label_embedding" or through_w]
     norms = {name: training.update(name, lr) for name in names}
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
     zero = loss.new_zeros(())
     return {name: (loss.detach() if name == "classifier" else zero, norm) for name, norm in norms.items()}
 

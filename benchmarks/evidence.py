@@ -1,40 +1,45 @@
 """Does NoProp work, and which part of it?
 
+    python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (2 hours)
     python benchmarks/evidence.py ladder --seeds 5       what the chain of blocks does (5 runs of the default)
-    python benchmarks/evidence.py objectives --seeds 3   NoProp-DT and backpropagation, two epochs
+    python benchmarks/evidence.py objectives --seeds 2   NoProp-DT's embeddings and learning rates, two epochs
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
-    python benchmarks/evidence.py headline --seeds 5     NoProp, the paper's NoProp-DT, backpropagation
+    python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
 
 Prints the plan and the time left; runs that are in runs/ below the current folder are not run again. Keeps
-what it finds in benchmarks/results/evidence-TABLE.json, and writes EVIDENCE.md from these files.
+the values of every seed in benchmarks/results/evidence-TABLE.json, draws evidence_TABLE.png, and puts both
+into EVIDENCE.md. The times are those of two cores.
 """
 
 import argparse
 import copy
 import json
+import re
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import SCRIPT, finished, mean
+from benchmarks.seeds import folder_of, mean, run
 
-CPU, RUNS, RESULTS = torch.device("cpu"), Path("runs"), Path(__file__).parent / "results"
+CPU, RESULTS = torch.device("cpu"), Path(__file__).parent / "results"
+Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
+
+DT = "--objective=dt"
 HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
-    "hybrid (this script's default)": [],
-    "NoProp-DT, learned embedding": ["--objective=dt"],
-    "NoProp-DT, one-hot": ["--objective=dt", "--embedding=onehot"],
-    "NoProp-DT, prototypes": ["--objective=dt", "--embedding=prototype"],
-    "backprop twin: the same chain, end to end": ["--objective=backprop"],
+    "NoProp, hybrid loss (the default)": [],
+    "NoProp-DT, learned embedding (learning rate 0.003)": [DT, "--lr=0.003"],
+    "NoProp-DT, one-hot": [DT, "--embedding=onehot"],
+    "NoProp-DT, prototypes": [DT, "--embedding=prototype"],
+    "the same chain by backpropagation": ["--objective=backprop"],
     "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],
-    "the same for as many seconds": [
+    "the same, for as many seconds as NoProp": [
         "--objective=backprop",
         "--num-blocks=1",
         "--epochs=72",
@@ -43,15 +48,20 @@ HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     "plain CNN of all blocks' size": ["--objective=backprop", "--num-blocks=1", "--block=reference"],
 }
 OBJECTIVES = {  # name: flags, beside two epochs
-    "as it is": [],
-    "NoProp-DT, embedding learned": ["--objective=dt"],
-    "NoProp-DT, embedding fixed": ["--objective=dt", "--embedding=fixed"],
-    "NoProp-DT, one-hot": ["--objective=dt", "--embedding=onehot"],
-    "NoProp-DT, prototypes": ["--objective=dt", "--embedding=prototype"],
-    "backprop through the chain": ["--objective=backprop"],
+    "hybrid": [],
+    "NoProp-DT, embedding fixed": [DT, "--embedding=fixed"],
+    "NoProp-DT, embedding learned": [DT],
+    "the same, learning rate 0.003": [DT, "--lr=0.003"],
+    "the same, learning rate 0.001": [DT, "--lr=0.001"],
+    "NoProp-DT, one-hot": [DT, "--embedding=onehot"],
+    "the same, learning rate 0.03": [DT, "--embedding=onehot", "--lr=0.03"],
+    "the same, learning rate 0.004": [DT, "--embedding=onehot", "--lr=0.004"],
+    "NoProp-DT, prototypes": [DT, "--embedding=prototype"],
+    "the same, learning rate 0.004 ": [DT, "--embedding=prototype", "--lr=0.004"],
+    "the same chain by backpropagation": ["--objective=backprop"],
 }
 ABLATION = {  # name: flags, beside two epochs
-    "as it is": [],
+    "the default": [],
     "ε̂ = f(x, z) in place of û = f(x, z)": ["--target=noise"],
     "û = softmax(f) W, as in the paper": ["--target=classes"],
     "MSE(ε̂, ε) alone": ["--lambda-global=0"],
@@ -69,66 +79,40 @@ ABLATION = {  # name: flags, beside two epochs
     "no limit on the embedding's norm": ["--max-norm-embed=1e9"],
     "no augmentation": ["--no-augment"],
     "no averaging of weights": ["--ema-decay=0"],
+    "cosine learning rate, no warm-up": ["--schedule=cosine"],
 }
-
-
-# --- Runs --------------------------------------------------------------------------------------------------
-
-
-def folder_of(flags: list[str], seed: int) -> Path:
-    return RUNS / ("-".join(flag.lstrip("-") for flag in flags) or "default") / f"seed{seed}"
-
-
-def summary_of(folder: Path) -> Path | None:
-    """The summary of a finished run."""
-    return next((path for path in folder.glob("noprop_*.json") if finished(path)), None)
-
-
-def run(table: dict[str, list[str]], seeds: range, *more: str) -> dict[str, list[dict]]:
-    """The summaries of each row's runs, one a seed; missing ones are run, half-made ones resumed."""
-    rows = {name: [*more, *flags] for name, flags in table.items()}
-    jobs = [(name, flags, seed) for seed in seeds for name, flags in rows.items()]
-    missing = [job for job in jobs if not summary_of(folder_of(job[1], job[2]))]
-    print(f"{len(jobs)} runs, {len(missing)} of them are missing.", file=sys.stderr)
-    started = time.perf_counter()
-    for i, (name, flags, seed) in enumerate(missing):
-        folder = folder_of(flags, seed)
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            "--resume",
-            f"--seed={seed}",
-            f"--output-dir={folder}",
-            *flags,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        left = (time.perf_counter() - started) / (i + 1) * (len(missing) - i - 1) / 60
-        print(f"{i + 1}/{len(missing)}  seed {seed}  {name}; about {left:.0f} min left", file=sys.stderr)
-    return {
-        name: [json.loads(summary_of(folder_of(flags, seed)).read_text()) for seed in seeds]
-        for name, flags in rows.items()
-    }
-
-
-def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
-    run({"as it is": []}, seeds, *flags)
-    return [noprop.load(folder_of(list(flags), seed) / "noprop_hybrid.pt") for seed in seeds]
 
 
 # --- Tables ------------------------------------------------------------------------------------------------
 
 
-def headline(seeds: range) -> list[str]:
-    """Test accuracy of the weights that validation selects, at equal epochs, and at equal seconds."""
-    lines = ["| MNIST, test accuracy in % | selected on validation | best test epoch | epochs | seconds |"]
-    lines.append("|---|---|---|---|---|")
-    for name, runs in run(HEADLINE, seeds).items():
-        test, best, seconds = (
-            mean([x[key] for x in runs], digits)
-            for key, digits in (("test_accuracy", 2), ("best_test_accuracy", 2), ("seconds", 0))
-        )
-        lines.append(f"| {name} | {test} | {best} | {runs[0]['epochs']} | {seconds} |")
-    return lines
+def two_epochs(settings: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: ["--epochs=2", *flags] for name, flags in settings.items()}
+
+
+def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
+    """The networks of the runs with these flags."""
+    run({"the default": list(flags)}, seeds)
+    return [noprop.load(folder_of(list(flags), seed) / "noprop_hybrid.pt") for seed in seeds]
+
+
+def headline(seeds: range) -> Rows:
+    """Which way of training is best? Test accuracy of the weights that validation selects."""
+    columns = {
+        "test accuracy": "test_accuracy",
+        "cut after block 1": "test_accuracy_after_1",
+        "mean of all blocks": "test_accuracy_average",
+        "best test epoch": "best_test_accuracy",
+        "epochs": "epochs",
+        "seconds": "seconds",
+    }
+    runs = run(HEADLINE, seeds)
+    for x in (x for of_one in runs.values() for x in of_one):
+        x["test_accuracy_after_1"] = x["test_accuracy_by_blocks"][0]
+    return {
+        name: {column: [x[key] for x in of_one] for column, key in columns.items()}
+        for name, of_one in runs.items()
+    }
 
 
 def accuracy(split: noprop.Split, answer: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -167,27 +151,32 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
 
     order = torch.randperm(T, generator=noprop.generator("evidence", "order")).tolist()
     found = {
-        f"block {t} alone, z from N(0, I)": lambda x, y, t=t: alone(t, x, start(x, 1.0)) for t in (1, 5, T)
+        "the chain as it is used": lambda x, y: chain(blocks, x),
+        "chain with DDPM's weights": lambda x, y: chain(blocks, x, steps=ddpm),
     }
     found |= {
         f"chain cut after block {t}": lambda x, y, t=t: chain(blocks[:t], x, steps=steps[:t])
-        for t in (1, 2, 5, T)
+        for t in (1, 2, 5)
     }
     found |= {
         "mean of the blocks' probabilities, each from z = 0, no chain": lambda x, y: sum(
             alone(t, x, start(x)).softmax(-1) for t in range(1, T + 1)
         ),
         "mean of the probabilities along the chain": lambda x, y: model(x).softmax(-1).mean(1),
-        "chain with DDPM's weights": lambda x, y: chain(blocks, x, steps=ddpm),
-        "the last block after nine untrained ones": lambda x, y: chain([*fresh[:-1], blocks[-1]], x),
-        "the same with DDPM's weights": lambda x, y: chain([*fresh[:-1], blocks[-1]], x, steps=ddpm),
-        "nine trained blocks before an untrained last one": lambda x, y: chain([*blocks[:-1], fresh[-1]], x),
+    }
+    found |= {
+        f"block {t} alone, z from N(0, I)": lambda x, y, t=t: alone(t, x, start(x, 1.0)) for t in (1, 5, T)
+    }
+    found |= {
         "blocks in reverse order": lambda x, y: chain(blocks[::-1], x),
         f"blocks in the order {' '.join(str(t + 1) for t in order)}": lambda x, y: chain(
             [blocks[t] for t in order], x
         ),
         "block 1 in all places": lambda x, y: chain([blocks[0]] * T, x),
         f"block {T} in all places": lambda x, y: chain([blocks[-1]] * T, x),
+        "the last block after nine untrained ones": lambda x, y: chain([*fresh[:-1], blocks[-1]], x),
+        "the same with DDPM's weights": lambda x, y: chain([*fresh[:-1], blocks[-1]], x, steps=ddpm),
+        "nine trained blocks before an untrained last one": lambda x, y: chain([*blocks[:-1], fresh[-1]], x),
         "no image (x = 0)": lambda x, y: chain(blocks, 0 * x),
         "no image, z_0 from N(0, I)": lambda x, y: chain(blocks, 0 * x, start(x, 1.0)),
         f"LEAK: block {T} given z_{T - 1} made from the true label": lambda x, y: alone(
@@ -200,12 +189,11 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
     return {name: accuracy(test, answer) for name, answer in found.items()}
 
 
-def ladder(seeds: range) -> list[str]:
-    """What the chain of blocks does: networks of the default, used rightly and wrongly; test accuracy."""
+def ladder(seeds: range) -> Rows:
+    """What does the chain of blocks do? Networks of the default, used rightly and wrongly."""
     test = noprop.load_mnist(noprop.Config().data_root, CPU).test
     results = [ladder_of(model, test) for model in networks(seeds)]
-    rows = (f"| {name} | {mean([result[name] for result in results])} |" for name in results[0])
-    return ["| the same networks, test accuracy in % | |", "|---|---|", *rows]
+    return {name: {"test accuracy": [result[name] for result in results]} for name in results[0]}
 
 
 def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
@@ -235,52 +223,135 @@ def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
     return found
 
 
-def differences(columns: dict[str, list[float]]) -> list[str]:
-    """A row for each column of validation accuracies by seed, beside the first."""
+def differences(columns: dict[str, list[float]]) -> Rows:
+    """Validation accuracies by seed, each beside the first row's of the same seed."""
     base = next(iter(columns.values()))
-    lines = ["| change | validation accuracy | Δ | |", "|---|---|---|---|"]
-    for name, values in columns.items():
-        apart = [x - y for x, y in zip(values, base, strict=True)]
-        delta, error = statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5
-        verdict = "matters" if abs(delta) > max(3 * error, 0.05) else "not resolved"
-        verdict = "" if values is base else verdict
-        lines.append(f"| {name} | {mean(values)} | {delta:+.2f} ± {error:.2f} | {verdict} |")
-    return lines
+    return {
+        name: {
+            "validation accuracy": values,
+            "Δ": [x - y for x, y in zip(values, base, strict=True)],
+        }
+        for name, values in columns.items()
+    }
 
 
-def objectives(seeds: range) -> list[str]:
-    """The paper's NoProp-DT and backpropagation after two epochs: validation accuracy, difference by seed."""
-    runs = run(OBJECTIVES, seeds, "--epochs=2")
+def objectives(seeds: range) -> Rows:
+    """Is NoProp-DT unstable? Validation accuracy after two epochs, by seed."""
+    runs = run(two_epochs(OBJECTIVES), seeds)
     return differences({name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()})
 
 
-def ablation(seeds: range) -> list[str]:
-    """Each change taken back alone: validation accuracy after two epochs, difference by seed."""
-    runs = run(ABLATION, seeds, "--epochs=2")
+def ablation(seeds: range) -> Rows:
+    """Which change matters? Each taken back alone: validation accuracy after two epochs, by seed."""
+    runs = run(two_epochs(ABLATION), seeds)
     columns = {name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()}
     val = noprop.load_mnist(noprop.Config().data_root, CPU).val
     results = [inference(model, val) for model in networks(seeds, "--epochs=2")]
-    columns |= {name: [result[name] for result in results] for name in results[0]}
-    return differences(columns)
+    return differences(columns | {name: [result[name] for result in results] for name in results[0]})
+
+
+def cheaper(_seeds: range) -> Rows:
+    """Is NoProp cheaper? Activations kept for the backward pass, and time of a step (benchmarks/speed.py)."""
+    newest = max(RESULTS.glob("speed-*.json"), key=lambda path: path.stat().st_mtime)
+    found = json.loads(newest.read_text())
+    rows: Rows = {}
+    for key, value in found.items():
+        if memory := re.fullmatch(r"(T = \d+): MiB of activations, \d+ images, (.*)", key):
+            rows.setdefault(memory[2], {})[f"MiB, {memory[1]}"] = [value]
+        if ratio := re.fullmatch(r"T = 10: time of a step of \d+ ÷ .*chain, (.*)", key):
+            rows[ratio[1]] = {"time of a step, T = 10, ÷ backpropagation's": [value]} | rows.get(ratio[1], {})
+    return rows
 
 
 # --- Report ------------------------------------------------------------------------------------------------
 
-TABLES = {table.__name__: table for table in (headline, ladder, objectives, ablation)}
+TABLES = {table.__name__: table for table in (headline, ladder, objectives, ablation, cheaper)}
+BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
 
-def write_report() -> None:
-    """EVIDENCE.md, from what the tables have left in benchmarks/results."""
-    parts = [
-        "# Evidence\n\nMade by `python benchmarks/evidence.py TABLE`; ± is the standard error over seeds.\n"
-    ]
-    for name, table in TABLES.items():
-        path = RESULTS / f"evidence-{name}.json"
-        if path.exists():
-            kept = json.loads(path.read_text())
-            parts.append(f"## {name.capitalize()}\n\n{table.__doc__}\n\n" + "\n".join(kept["lines"]))
-            parts.append(f"\n`python benchmarks/evidence.py {kept['command']}`; PyTorch {kept['torch']}.\n")
-    (RESULTS.parents[1] / "EVIDENCE.md").write_text("\n".join(parts))
+def cell(column: str, values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}" if "÷" in column else f"{values[0]:.1f}"
+    return f"{values[0]:.0f}" if column == "epochs" else mean(values, 0 if column == "seconds" else 2)
+
+
+def verdict(apart: list[float]) -> str:
+    """Of differences by seed, in points; 3 standard errors, and at least 0.05 points, are a difference."""
+    delta, error = abs(statistics.mean(apart)), statistics.stdev(apart) / len(apart) ** 0.5
+    if not any(apart):
+        return ""
+    if delta > max(3 * error, 0.05):
+        return "matters"
+    return "less than 0.1" if delta + 3 * error < 0.1 else "not resolved"
+
+
+def markdown(rows: Rows) -> str:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    compared = ["verdict"] * ("Δ" in columns)
+    lines = [f"| | {' | '.join(columns + compared)} |", "|---" * (1 + len(columns + compared)) + "|"]
+    for name, row in rows.items():
+        cells = [cell(column, row[column]) if column in row else "" for column in columns]
+        cells += [verdict(row["Δ"]) for _ in compared]
+        lines.append(f"| {name.strip()} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Rows, title: str, path: Path) -> None:
+    """A dot a seed, and mean ± standard error, a row a line; or the activations by T."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    column = next((x for x in ("test accuracy", "Δ") if x in next(iter(rows.values()))), None)
+    figure = Figure(figsize=(9, 1.1 + 0.27 * len(rows) if column else 4.5), layout="constrained")
+    axes = figure.subplots()
+    if not column:
+        for (name, row), marker in zip(rows.items(), "os^v", strict=True):
+            memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
+            axes.plot(memory.keys(), memory.values(), marker=marker, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="blocks T", ylabel="MiB kept for the backward pass")
+        axes.set_xticks(list(memory), list(memory))
+        axes.legend(frameon=False)
+    for y, (name, row) in enumerate(rows.items() if column else ()):
+        values = np.array(row[column])
+        middle, error = values.mean(), values.std(ddof=1) / len(values) ** 0.5
+        doubtful = column == "Δ" and verdict(row["Δ"]) != "matters"
+        color = RED if re.match("LEAK|BUG", name) else GREY if doubtful else BLUE
+        place = (lambda x: np.maximum(100 - x, 0.1)) if column != "Δ" else np.asarray
+        axes.plot(place(values), np.full(len(values), y), "o", color=color, alpha=0.3, markersize=5)
+        axes.errorbar(place(middle), y, xerr=error, fmt="|", color=color, markersize=10, capsize=3)
+        text = f"{middle:{'+' if column == 'Δ' else ''}.2f} ± {error:.2f}"
+        axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=color)
+        if y == 0:
+            axes.axvline(place(middle), color=GREY, linewidth=0.8, linestyle=":")
+    if column:
+        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    if column == "test accuracy":
+        axes.set(xscale="log", xlabel="test error in %, logarithmic; at the right, test accuracy in %")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[-1] in "25" else ""))
+    if column == "Δ":
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlabel(
+            "difference of validation accuracy in points, linear up to 0.1; grey: not resolved, or small"
+        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.margins(x=0.08)
+    axes.tick_params(axis="x", which="both", pad=4)
+    figure.suptitle(title, fontsize=11)
+    noprop.save_figure(figure, path)
+
+
+def write_report(name: str, kept: dict) -> None:
+    """Put a table and its picture into EVIDENCE.md, between their marks."""
+    path = RESULTS.parents[1] / "EVIDENCE.md"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    made = f"`python benchmarks/evidence.py {kept['command']}`, PyTorch {kept['torch']}"
+    picture = f"![{TABLES[name].__doc__}](evidence_{name}.png)"
+    content = f"{begin}{picture}\n\n{markdown(kept['rows'])}\n\n{made}\n{end}"
+    text = re.sub(f"{begin}.*?{end}", lambda _: content, path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
 
 
 def main() -> int:
@@ -291,12 +362,14 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
-    lines = TABLES[arguments.table](range(arguments.first_seed, arguments.first_seed + arguments.seeds))
-    print(*lines, sep="\n")
+    name, first = arguments.table, arguments.first_seed
+    rows = TABLES[name](range(first, first + arguments.seeds))
+    print(markdown(rows))
+    kept = {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    content = {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, "lines": lines}
-    (RESULTS / f"evidence-{arguments.table}.json").write_text(json.dumps(content, indent=1) + "\n")
-    write_report()
+    (RESULTS / f"evidence-{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    draw(rows, TABLES[name].__doc__, RESULTS.parents[1] / f"evidence_{name}.png")
+    write_report(name, kept)
     return 0
 
 

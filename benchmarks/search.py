@@ -12,7 +12,6 @@ The times are those of two cores.
 import json
 import math
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import SCRIPT, finished, mean
+from benchmarks.seeds import mean, run
 
 CPU, FOLDER = torch.device("cpu"), Path("runs/search")
 
@@ -129,44 +128,30 @@ def weights() -> None:
         print(f"| {eta} | {lam} | {' | '.join(columns)} |", flush=True)
 
 
-def runs_of(name: str, seeds: range, *flags: str) -> list[dict]:
-    """Summaries of whole runs of the script, one a seed."""
-    summaries = []
-    for seed in seeds:
-        folder = Path("runs") / name / f"seed{seed}"
-        if not finished(folder / "noprop_hybrid.json"):
-            command = [sys.executable, str(SCRIPT), f"--seed={seed}", f"--output-dir={folder}", *flags]
-            subprocess.run(command, check=True)
-        summaries.append(json.loads((folder / "noprop_hybrid.json").read_text()))
-    return summaries
-
-
-def compare(first: list[dict], second: list[dict], names: tuple[str, str]) -> None:
+def compare(name: str, flags: list[str], seeds: range) -> list[dict]:
+    """Print a setting and the defaults, on the same seeds; returns the setting's runs."""
+    runs = run({name: flags, "shipped defaults": []}, seeds)
     print("| | validation | test |\n|---|---|---|")
-    for name, runs in zip(names, (first, second), strict=True):
-        columns = (mean([run[key] for run in runs]) for key in ("val_accuracy", "test_accuracy"))
+    for name, of_one in runs.items():
+        columns = (mean([x[key] for x in of_one]) for key in ("val_accuracy", "test_accuracy"))
         print(f"| {name} | {' | '.join(columns)} |")
-    pairs = zip(first, second, strict=True)
-    print(f"| difference, by seed | {mean([a['val_accuracy'] - b['val_accuracy'] for a, b in pairs])} | |")
+    apart = [a["val_accuracy"] - b["val_accuracy"] for a, b in zip(*runs.values(), strict=True)]
+    print(f"| difference, by seed | {mean(apart, 3)} | |")
+    return next(iter(runs.values()))
 
 
 def pays() -> None:
     """Short searches that begin at a learning rate of 0.3, and the defaults, seeds 5 to 7."""
-    bad = ("--run-hpo", "--lr=0.3", "--hpo-trials=12", "--hpo-epochs=2")
-    seeds = range(5, 8)
-    found, shipped = runs_of("search/bad", seeds, *bad), runs_of("default", seeds)
-    for run in found:
+    flags = ["--run-hpo", "--lr=0.3", "--hpo-trials=12", "--hpo-epochs=2"]
+    for found in compare("12 trials of 2 epochs from --lr 0.3", flags, range(5, 8)):
         names = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
-        print(f"seed {run['seed']}: " + ", ".join(f"{name} {run['config'][name]:.2g}" for name in names))
-    compare(found, shipped, ("12 trials of 2 epochs from --lr 0.3", "shipped defaults"))
+        print(f"seed {found['seed']}: " + ", ".join(f"{name} {found['config'][name]:.2g}" for name in names))
 
 
 def better() -> None:
     """What a longer search has found, and the defaults, on seeds that the search has not used."""
-    best = Path("runs/search/long/hpo_best.json").resolve()
-    fresh = range(5, 10)
-    found = runs_of("search/found", fresh, f"--config={best}")
-    compare(found, runs_of("default", fresh), ("found by the longer search", "shipped defaults"))
+    best = "runs/search/long/hpo_best.json"
+    compare("found by the longer search", [f"--config={best}"], range(5, 10))
 
 
 if __name__ == "__main__":

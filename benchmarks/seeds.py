@@ -12,20 +12,53 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / "noprop_example.py"
-sys.path.insert(0, str(SCRIPT.parent))
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import noprop_example as noprop
 
-import noprop_example as noprop  # noqa: E402
+SCRIPT = noprop.__file__
 
 
 def mean(values: list[float], digits: int = 2) -> str:
     """Mean ± standard error over the seeds."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def folder_of(flags: list[str], seed: int) -> Path:
+    """Where the run with these flags is kept."""
+    name = "-".join(flag.lstrip("-").replace("/", "_") for flag in flags)
+    return Path("runs") / (name or "default") / f"seed{seed}"
+
+
+def summary_of(folder: Path) -> dict | None:
+    """The summary of the run in a folder, if it has come to its end."""
+    found = [json.loads(path.read_text()) for path in folder.glob("noprop_*.json")]
+    return next((summary for summary in found if summary["finished"]), None)
+
+
+def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
+    """Summaries of the runs with each setting's flags, one a seed.
+
+    Runs that are missing are made, those that were stopped are resumed.
+    """
+    jobs = [(name, flags, seed) for seed in seeds for name, flags in settings.items()]
+    missing = [job for job in jobs if not summary_of(folder_of(*job[1:]))]
+    print(f"{len(jobs)} runs; {len(missing)} of them are missing.", file=sys.stderr)
+    started = time.perf_counter()
+    for done, (name, flags, seed) in enumerate(missing, start=1):
+        resume = [] if "--run-hpo" in flags else ["--resume"]  # a search goes on by itself
+        places = [f"--seed={seed}", f"--output-dir={folder_of(flags, seed)}"]
+        subprocess.run(
+            [sys.executable, SCRIPT, *flags, *resume, *places], check=True, stdout=subprocess.DEVNULL
+        )
+        left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
+        print(f"{done}/{len(missing)}  seed {seed}  {name}; about {left:.0f} min left", file=sys.stderr)
+    return {name: [summary_of(folder_of(flags, seed)) for seed in seeds] for name, flags in settings.items()}
 
 
 def ddpm(folder: Path) -> float:
@@ -36,30 +69,13 @@ def ddpm(folder: Path) -> float:
     return noprop.evaluate(model, test, model.config)["accuracy"][-1]
 
 
-def finished(path: Path) -> bool:
-    """Whether a run has come to its end, and was not stopped."""
-    return path.exists() and json.loads(path.read_text())["finished"]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--at-once", type=int, default=1, help="runs side by side; more than one spoils the timing"
-    )
+    parser.add_argument("--first-seed", type=int, default=0)
     arguments, flags = parser.parse_known_args()
-    name = "-".join(flag.lstrip("-") for flag in flags) or "default"
-    folders = [Path("runs") / name / f"seed{seed}" for seed in range(arguments.seeds)]
-    waiting = [x for x in enumerate(folders) if not finished(x[1] / "noprop_hybrid.json")]
-    for start in range(0, len(waiting), arguments.at_once):
-        command = [sys.executable, str(SCRIPT), "--resume", *flags]
-        jobs = [
-            subprocess.Popen([*command, "--seed", str(seed), "--output-dir", str(folder)])
-            for seed, folder in waiting[start : start + arguments.at_once]
-        ]
-        if sum(job.wait() for job in jobs):
-            return 1
-    results = [json.loads((folder / "noprop_hybrid.json").read_text()) for folder in folders]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    [results] = run({" ".join(flags) or "default": flags}, seeds).values()
     for title, read, digits in (
         ("test accuracy, selected on validation", lambda x: x["test_accuracy"], 2),
         ("validation accuracy", lambda x: x["val_accuracy"], 2),
@@ -71,8 +87,10 @@ def main() -> int:
         ("seconds in all", lambda x: x["seconds_total"], 0),
     ):
         print(f"| {title} | {mean([read(x) for x in results], digits)} |")
-    print(f"| the same networks, inference with DDPM's weights | {mean([ddpm(x) for x in folders])} |")
-    print(f"{name}: {arguments.seeds} seeds, {results[0]['epochs']} epochs, {results[0]['versions']}")
+    if results[0]["config"]["objective"] == "hybrid":
+        by_seed = [ddpm(folder_of(flags, seed)) for seed in seeds]
+        print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
+    print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")
     return 0
 
 

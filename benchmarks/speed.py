@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ NAME = (
     else torch.cuda.get_device_name().replace(" ", "-").lower()
 )
 RESULTS: dict = {}  # what is printed and written
+
+OURS, IN_TURN = "NoProp, a block on each core", "NoProp, one block after another"
+AT_ONCE, PARTS = "NoProp, all losses in one backward pass", "backpropagation, a T-th of the batch at a time"
+TWIN, PLAIN = "backpropagation through the chain", "plain CNN of one block's size by backpropagation"
 
 
 def report(name: str, value, text: str) -> None:
@@ -118,59 +123,17 @@ def noprop_steps(training: Training, batch: tuple[Tensor, Tensor]) -> Callable[[
     return steps
 
 
-class Backprop:
-    """The same network trained end to end: cross-entropy after the chain, through all of its reverse steps.
+def twin_of(config: Config) -> Training:
+    """The same network, for backpropagation; with num_blocks=1 it is a plain CNN of one block's size."""
+    return Training(replace(config, objective="backprop"), DEVICE)
 
-    With num_blocks=1 it is a plain CNN of one block's size. AdamW, clip, learning rate, averaging and
-    augmentation are those of the script.
-    """
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.model = noprop.build(config).to(DEVICE)
-        self.averaged = copy.deepcopy(self.model).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), weight_decay=config.weight_decay, fused=DEVICE.type in ("cpu", "cuda")
-        )
-        pairs = zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True)
-        self.pairs = [list(x) for x in zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)]
-        self.taken = 0
-
-    def step(self, image: Tensor, label: Tensor, lr: float, parts: int = 1) -> None:
-        """One optimizer step on a batch, its gradient accumulated over so many parts of it."""
-        for x, y in zip(image.chunk(parts), label.chunk(parts), strict=True):
-            F.cross_entropy(self.model(x)[:, -1], y).mul(len(y) / len(label)).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        decay = min(self.config.ema_decay, (1 + self.taken) / (10 + self.taken))
-        torch._foreach_lerp_(*self.pairs, 1 - decay)
-        self.taken += 1
-
-    def train(self, data: noprop.Data) -> list[dict[str, float]]:
-        """Train for the config's epochs; one record an epoch, evaluated like the script's."""
-        config, (images, labels), history, seconds = self.config, data.train, [], 0.0
-        steps = len(labels) // config.batch_size
-        for epoch in range(config.epochs):
-            started = time.perf_counter()
-            order = torch.randperm(len(labels), generator=noprop.generator(config.seed, "order", epoch)).to(
-                DEVICE
-            )
-            for batch in order.split(config.batch_size)[:steps]:
-                image = noprop.to_float(images[batch])
-                if config.augment:
-                    image = noprop.augment(image, noprop.generator(config.seed, "augment", self.taken))
-                lr = noprop.learning_rate(self.taken / (steps * config.epochs), config)
-                self.step(image, labels[batch], lr)
-            synchronize()
-            seconds += time.perf_counter() - started
-            with parallel() as pool:
-                val, test = (noprop.evaluate(self.averaged, split, config, pool) for split in data[1:])
-            history.append(
-                {"val": val["accuracy"][-1], "test_accuracy": test["accuracy"][-1], "seconds": seconds}
-            )
-        return history
+def accumulated_step(twin: Training, image: Tensor, label: Tensor, parts: int) -> None:
+    """A step of the twin, its gradient accumulated over so many parts of the batch."""
+    for x, y in zip(image.chunk(parts), label.chunk(parts), strict=True):
+        F.cross_entropy(twin.model(x)[:, -1], y).mul(len(y) / len(label)).backward()
+    for name in twin.parts.keys() - {"label_embedding"}:
+        twin.update(name, 1e-3)
 
 
 # --- Parts -------------------------------------------------------------------------------------------------
@@ -189,32 +152,33 @@ def machine() -> None:
 
 
 def step(rounds: int = 9) -> None:
-    """Time and model-FLOPs utilisation of a training step; against the naive order and the backprop twin."""
+    """Time and model-FLOPs utilisation of a training step; against the naive order and backpropagation."""
     a, peak = torch.rand(1024, 1024, device=DEVICE), RESULTS.get("float32 matmul peak, GFLOP/s", 0)
     for name in ("default", "accurate", "reference"):
         config = preset(name)
-        batch, training, twin = random_batch(config.batch_size), Training(config, DEVICE), Backprop(config)
-        work = flops(lambda t=training, b=batch: noprop.train_step(t, *b, 1e-3))
-        twin_work = flops(lambda t=twin, b=batch: t.step(*b, 1e-3))
+        batch, training, twin = random_batch(config.batch_size), Training(config, DEVICE), twin_of(config)
+        one = twin_of(replace(config, num_blocks=1))
+        work, twin_work = (flops(partial(noprop.train_step, x, *batch, 1e-3)) for x in (training, twin))
         seconds = interleaved(
             {
-                "ours": noprop_steps(training, batch),
-                "in turn": times(lambda t=training, b=batch: noprop.train_step(t, *b, 1e-3)),
-                "twin": times(lambda t=twin, b=batch: t.step(*b, 1e-3)),
+                OURS: noprop_steps(training, batch),
+                IN_TURN: times(partial(noprop.train_step, training, *batch, 1e-3)),
+                TWIN: times(partial(noprop.train_step, twin, *batch, 1e-3)),
+                PLAIN: times(partial(noprop.train_step, one, *batch, 1e-3)),
                 "matmul": times(lambda: a @ a),
             },
             rounds if name == "default" else 3,
         )
-        ours, in_turn, twins, matmul = ([x / STEPS for x in values] for values in seconds.values())
-        peak = max(peak, 2e-9 * 1024**3 / matmul[0])
-        rate = work / statistics.median(ours) / 1e9
+        medians = {key: statistics.median(values) / STEPS for key, values in seconds.items()}
+        peak = max(peak, 2e-9 * 1024**3 * STEPS / seconds.pop("matmul")[0])
+        rate = work / medians[OURS] / 1e9
         report(f"{name}: GFLOP a step of {config.batch_size} images", work / 1e9, f"{work / 1e9:.2f}")
-        report(f"{name}: ms a step", statistics.median(ours) * 1e3, spread(ours))
         report(f"{name}: MFU", rate / peak, f"{rate / peak:.0%} of {peak:.0f} GFLOP/s")
-        report(f"{name}: ms a step, blocks in turn, each on all cores", in_turn, spread(in_turn))
-        report(f"{name}: ms a step, backprop twin", twins, spread(twins))
-        ratio = statistics.median(ours) / statistics.median(twins)
-        report(f"{name}: ours ÷ twin, time (FLOPs: {work / twin_work:.2f})", ratio, f"{ratio:.2f}")
+        for key, values in seconds.items():
+            ratio = medians[key] / medians[TWIN]
+            text = f"{spread(values, 1e3 / STEPS)}, {ratio:.2f} × {TWIN}"
+            report(f"{name}: ms a step, {key}", [x * 1e3 / STEPS for x in values], text)
+        report(f"{name}: FLOPs of {OURS} ÷ {TWIN}", work / twin_work, f"{work / twin_work:.2f}")
 
 
 def profile(repeats: int = 10) -> None:
@@ -277,61 +241,46 @@ def peak_bytes(model: nn.Module, call: Callable[[], object]) -> int:
 
 
 def all_blocks_at_once(training: Training, image: Tensor, label: Tensor) -> None:
-    """The losses of all blocks added up before one backward pass: the naive way to write NoProp."""
+    """A step of NoProp written the naive way: all losses added up, and one backward pass."""
     model, config = training.model, training.config
     u, loss = model.label_embedding(label), 0
+    weights = config.eta_loss_weight, config.lambda_global
     for block, level in zip(model.blocks, model.alpha_bar.tolist(), strict=False):
         noise = torch.randn(u.shape, device=u.device)
-        loss = (
-            loss
-            + noprop.block_loss(block, image, u, noise, level, config.eta_loss_weight, config.lambda_global)[
-                0
-            ]
-        )
-    loss.backward()
+        one_loss, u_hat = noprop.block_loss(block, image, u, noise, level, *weights)
+        loss = loss + one_loss
+    (loss + noprop.classifier_loss(training, u_hat, u, label)).backward()
+    for name in training.parts:
+        training.update(name, 1e-3)
 
 
 def memory(batch_size: int = 256) -> None:
     """Peak bytes of activations kept for the backward pass, by T, and what equal memory costs the twin."""
-    batch, first = random_batch(batch_size), {}
+    batch = random_batch(batch_size)
     for blocks in (1, 2, 5, 10, 20, 50):
         config = preset("default", num_blocks=blocks, batch_size=batch_size)
-        training, twin = Training(config, DEVICE), Backprop(config)
+        training, twin = Training(config, DEVICE), twin_of(config)
         contestants = {
-            "one block after another": lambda t=training: noprop.train_step(t, *batch, 1e-3),
-            "all losses in one backward pass": lambda t=training: all_blocks_at_once(t, *batch),
-            "backprop twin": lambda t=twin: t.step(*batch, 1e-3),
-            "backprop twin, T parts accumulated": lambda t=twin, b=blocks: t.step(*batch, 1e-3, parts=b),
+            IN_TURN: partial(noprop.train_step, training, *batch, 1e-3),
+            AT_ONCE: partial(all_blocks_at_once, training, *batch),
+            TWIN: partial(noprop.train_step, twin, *batch, 1e-3),
+            PARTS: partial(accumulated_step, twin, *batch, blocks),
         }
-        row = []
         for name, call in contestants.items():
-            mib = peak_bytes(twin.model if "twin" in name else training.model, call) / 2**20
-            RESULTS[f"T = {blocks}: activations in MiB, {name}"] = mib
-            first.setdefault(name, mib)
-            row.append(f"{name} {mib:.1f}")
+            mib = peak_bytes(twin.model if "backprop" in name else training.model, call) / 2**20
+            report(f"T = {blocks}: MiB of activations, {batch_size} images, {name}", mib, f"{mib:.1f}")
             if DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 call()
-                RESULTS[f"T = {blocks}: CUDA MiB, {name}"] = torch.cuda.max_memory_allocated() / 2**20
-        print(f"| T = {blocks}: MiB of activations, {batch_size} images | {'; '.join(row)} |", flush=True)
-        if blocks == 50:
-            ratio = (
-                RESULTS["T = 50: activations in MiB, one block after another"]
-                / first["one block after another"]
-            )
-            report("activations, T = 50 ÷ T = 1, one block after another", ratio, f"{ratio:.2f}")
+                mib = torch.cuda.max_memory_allocated() / 2**20
+                report(f"T = {blocks}: MiB on the GPU, {name}", mib, f"{mib:.1f}")
         if blocks == 10:
-            seconds = interleaved(
-                {
-                    "ours": noprop_steps(training, batch),
-                    "whole": times(lambda t=twin: t.step(*batch, 1e-3)),
-                    "parts": times(lambda t=twin: t.step(*batch, 1e-3, parts=10)),
-                },
-                3,
-            )
-            ours, whole, parts = (statistics.median(x) for x in seconds.values())
-            report("T = 10: twin in ten parts ÷ twin, time", parts / whole, f"{parts / whole:.2f}")
-            report("T = 10: ours ÷ twin in ten parts, time", ours / parts, f"{ours / parts:.2f}")
+            timed = {OURS: noprop_steps(training, batch)}
+            timed |= {name: times(contestants[name]) for name in (IN_TURN, AT_ONCE, TWIN, PARTS)}
+            seconds = {name: statistics.median(x) for name, x in interleaved(timed, 3).items()}
+            for name, value in seconds.items():
+                ratio = value / seconds[TWIN]
+                report(f"T = 10: time of a step of {batch_size} ÷ {TWIN}, {name}", ratio, f"{ratio:.2f}")
 
 
 def original() -> float:
@@ -403,13 +352,6 @@ def runs(number: int) -> None:
         report(f"default run: seconds of training to {accuracy} % test, by seed", reached, text)
     mean = statistics.mean(x["test_accuracy"] for x in summaries)
     report(f"default run: test accuracy, mean of {number}", mean, f"{mean:.2f}")
-    data = noprop.load_mnist(Config().data_root, DEVICE)
-    for name, blocks in (("backprop twin, ten blocks", 10), ("plain CNN of one block's size", 1)):
-        history = Backprop(preset("default", num_blocks=blocks)).train(data)
-        last = history[-1]
-        text = f"{last['test_accuracy']:.2f} % after {last['seconds']:.0f} s"
-        RESULTS[f"{name}: history, seed 0"] = history
-        report(f"{name}: 12 epochs, seed 0", last["test_accuracy"], text)
 
 
 def inference(number: int) -> None:
