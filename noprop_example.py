@@ -48,6 +48,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import getpass
 import gzip
 import hashlib
 import io
@@ -60,7 +61,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -386,16 +387,12 @@ def reverse_steps(alpha_bar: Tensor, equal_weights: bool) -> list[tuple[float, .
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def reverse_process(
-    blocks: Iterable,
-    image: Tensor,
-    z: Tensor,
-    steps: list[tuple[float, ...]],
-    temperature: float,
-    noise: torch.Generator | None,
-    embedding: Tensor | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """From z_0 (B, D) to z_T, a step a block: yields û_t and z_t, (B, D) each. Equation 3 of NoProp."""
+def reverse_process(blocks, image, z, steps, temperature, noise, embedding=None) -> Iterator:
+    """From z_0 (B, D) to z_T, a step a block: yields û_t and z_t, (B, D) each. Equation 3 of NoProp.
+
+    steps: of reverse_steps(); temperature: τ; noise: a generator, or None; embedding: (classes, D), see
+    DenoisingBlockPaper.
+    """
     for block, (alpha_bar, a, b, c) in zip(blocks, steps, strict=True):
         u_hat = clean_label(z, block(image, z, alpha_bar, embedding), alpha_bar)
         xi = torch.randn(z.shape, generator=noise).to(z.device)
@@ -406,16 +403,7 @@ def reverse_process(
 # --- Objective ---------------------------------------------------------------------------------------------
 
 
-def block_loss(
-    block: nn.Module,
-    image: Tensor,
-    u: Tensor,
-    noise: Tensor,
-    alpha_bar: float,
-    eta: float,
-    lam: float,
-    embedding: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def block_loss(block, image, u, noise, alpha_bar, eta, lam, embedding=None) -> tuple[Tensor, Tensor]:
     """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) of one block at one noise level; and û (B, D), for block T's classifier.
 
     û is linear in ε̂, so this is (η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε): one constant a block times one error.
@@ -426,17 +414,11 @@ def block_loss(
     return eta * F.mse_loss(eps_hat, noise) + lam * F.mse_loss(u_hat, u), u_hat
 
 
-def dt_loss(
-    block: nn.Module,
-    image: Tensor,
-    u: Tensor,
-    noise: Tensor,
-    alpha_bar: Tensor,
-    t: int,
-    eta: float,
-    embedding: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t, SNR = ᾱ/(1-ᾱ); and û (B, D). NoProp-DT, equation 8."""
+def dt_loss(block, image, u, noise, alpha_bar, t, eta, embedding) -> tuple[Tensor, Tensor]:
+    """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t, SNR = ᾱ/(1-ᾱ); and û (B, D). NoProp-DT, equation 8.
+
+    Here alpha_bar is the whole schedule, (T+1,).
+    """
     level, num_blocks = alpha_bar[t - 1].item(), len(alpha_bar) - 1
     z = noisy_label(u, noise, level)
     u_hat = clean_label(z, block(image, z, level, embedding), level)
@@ -570,9 +552,10 @@ class Config:
         if self.embed_dim not in (None, self.dim):
             raise ValueError(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
         if self.objective == "backprop" and (self.blocks or self.temperature or self.classify == "z"):
-            raise ValueError(
-                "backprop trains all blocks as one, without noise: leave out blocks, temperature, z"
-            )
+            raise ValueError("backprop trains all blocks as one: leave out blocks, temperature, classify z")
+        for name in WITHOUT_EFFECT[self.objective]:
+            if getattr(self, name) != getattr(Config, name):
+                raise ValueError(f"{name} has no effect on objective {self.objective}: leave it out")
         if self.classes and self.dataset != "folder" or len(set(self.classes)) < len(self.classes):
             raise ValueError("classes are those of dataset folder, each of them once")
         if self.eta_loss_weight == 0 and (self.lambda_global == 0 or self.objective == "dt"):
@@ -585,10 +568,16 @@ class Config:
             raise ValueError(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
         if len(set(self.own_blocks)) < max(1, len(self.own_blocks)):
             raise ValueError(f"blocks must name blocks, each of them once, not {self.blocks}")
-        if self.blocks and self.run_hpo:
-            raise ValueError("run_hpo searches whole networks: leave blocks out")
+        if self.blocks and (self.run_hpo or self.evaluate or self.predict):
+            raise ValueError(f"run_hpo, evaluate and predict take all blocks, not {self.blocks} alone")
+        if self.blocks and (self.learns_embedding or self.select != "last"):
+            raise ValueError("blocks takes --embedding fixed (or --embedding-from) and --select last")
+        if self.embedding_from and self.embedding != "fixed":
+            raise ValueError("embedding_from freezes the embedding that it takes: leave --embedding out")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise ValueError("early_exit goes with evaluate or predict")
+        if self.early_exit < 1 and self.evaluate and self.temperature:
+            raise ValueError("early_exit does not sample: it takes --temperature 0")
 
     def path(self, name: str) -> Path:
         """An output file; the objective stands in its name where name has {}."""
@@ -642,15 +631,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 OBJECTIVES: dict[str, dict[str, Any]] = {  # what an objective changes where no flag says otherwise
     "hybrid": {},
-    "dt": {
-        "target": "classes",
-        "classify": "z",
-        "eta_loss_weight": 0.1,
-        "weights": "ddpm",
-        "temperature": 1.0,
-    },
+    "dt": dict(target="classes", classify="z", eta_loss_weight=0.1, weights="ddpm", temperature=1.0),
     "backprop": {},
 }
+# settings that an objective does not know
+WITHOUT_EFFECT = {"hybrid": (), "dt": ("lambda_global",), "backprop": ("eta_loss_weight", "lambda_global")}
 # the paper's whole setting for MNIST; meant for a GPU
 PRESETS["paper"] = {"objective": "dt", "epochs": 100, "patience": 100, "batch_size": 128}
 PRESETS["paper"] |= {"block": "paper", "lr": 1e-3, "schedule": "constant", "ema_decay": 0.0, "augment": False}
@@ -718,14 +703,14 @@ def download(name: str, root: Path, otherwise: str) -> list:
     """Training and test set as torchvision has them, downloaded if need be. Raises Failure."""
     from torchvision import datasets
 
-    lock = FileLock(Path(tempfile.gettempdir()) / f"noprop_{name}.lock")  # other processes wait
+    lock = FileLock(Path(tempfile.gettempdir()) / f"noprop_{name}_{getpass.getuser()}.lock")  # others wait
     try:
         with lock:
             return [getattr(datasets, name)(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise Failure(
-            f"{name} is not in {root}, or is damaged, and can't be downloaded ({reason}): {otherwise}"
+            f"{root} has no good {name}, which can't be downloaded ({reason}): {otherwise}"
         ) from error
 
 
@@ -756,14 +741,13 @@ def read_folder(root: Path, config: Config) -> tuple[Split, Split]:
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    def read(folder: Path, keep: Callable[[str], bool] = lambda _: True) -> Split:
+    def read(folder: Path, testing: bool | None = None) -> Split:
         try:
             found = make_dataset(str(folder), {x: i for i, x in enumerate(config.classes)}, IMG_EXTENSIONS)
         except (OSError, ValueError) as error:
             raise Failure(f"cannot read the pictures in {folder}: {str(error).splitlines()[0]}") from error
-        found = [
-            (Path(path), label) for path, label in found if keep(Path(path).relative_to(folder).as_posix())
-        ]
+        found = [(Path(path), label) for path, label in found]
+        found = [x for x in found if testing in (None, for_testing(x[0].relative_to(folder).as_posix()))]
         if len(found) < 10:
             raise Failure(f"{folder} has too few pictures: {len(found)} of at least 10")
         images = torch.stack([read_picture(path, config) for path, _ in found])
@@ -775,7 +759,7 @@ def read_folder(root: Path, config: Config) -> tuple[Split, Split]:
     train = root / "train" if (root / "train").is_dir() else root
     if train != root and (root / "test").is_dir():
         return read(train), read(root / "test")
-    return read(train, lambda name: not for_testing(name)), read(train, for_testing)
+    return read(train, testing=False), read(train, testing=True)
 
 
 def split_data(train: Split, test: Split, device: torch.device, train_images: int | None = None) -> Data:
@@ -787,11 +771,6 @@ def split_data(train: Split, test: Split, device: torch.device, train_images: in
     return Data(Split(*(x[rest] for x in train)), Split(*(x[val] for x in train)), test)
 
 
-def load_mnist(root: Path, device: torch.device, train_images: int | None = None) -> Data:
-    """The three splits of root/MNIST/raw. Raises Failure."""
-    return split_data(*read_mnist(root), device, train_images)
-
-
 def load_data(config: Config, device: torch.device) -> Data:
     """The three splits of the config's data set. Raises Failure."""
     root, name = config.data_root, config.source.name
@@ -800,7 +779,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     else:
         parts = read_cifar(root, name) if "cifar" in config.dataset else read_mnist(root, name)
     data = split_data(*parts, device, config.train_images)
-    if config.batch_size > len(data.train.labels):
+    if config.batch_size > len(data.train.labels) and not config.evaluate:
         raise Failure(
             f"--batch-size {config.batch_size} is more than the {len(data.train.labels)} training images"
         )
@@ -816,9 +795,7 @@ def prototypes(split: Split, classes: int) -> Tensor:
     for label in range(classes):
         images = to_float(split.images[split.labels == label]).flatten(1)
         if not len(images):
-            raise Failure(
-                f"--embedding prototype needs a training image of each class, and class {label} has none"
-            )
+            raise Failure(f"--embedding prototype needs images of each class: class {label} has none")
         chosen.append(images[torch.cdist(images, images).median(1).values.argmin()])
     return torch.stack(chosen)
 
@@ -898,26 +875,25 @@ def largest(value: int) -> int:
 
 def build(config: Config) -> NoProp:
     """The untrained network of a config."""
-    arguments = BLOCKS[config.block] | {"target": config.target, "equal_weights": config.weights == "equal"}
-    arguments["reads_z"] = config.classify == "z"
-    model = NoProp(
-        config.num_blocks,
-        config.source.classes,
-        config.dim,
-        config.source.shape,
-        seed=config.seed,
-        **arguments,
-    )
+    sizes = config.num_blocks, config.source.classes, config.dim, config.source.shape
+    options = BLOCKS[config.block] | {"target": config.target, "equal_weights": config.weights == "equal"}
+    model = NoProp(*sizes, seed=config.seed, reads_z=config.classify == "z", **options)
     return model.to(memory_format=torch.channels_last)  # twice as fast as NCHW on a CPU
 
 
 @torch.no_grad()
 def start_embedding(model: NoProp, config: Config, images: Split | None) -> NoProp:
-    """The network, its embedding one-hot or an image of each class where the config says so."""
+    """The network, its embedding one-hot, or an image of each class, or another network's. Raises Failure."""
+    weight = model.label_embedding.weight
     if config.embedding == "onehot":
-        nn.init.eye_(model.label_embedding.weight)
+        nn.init.eye_(weight)
     if config.embedding == "prototype" and images:
-        model.label_embedding.weight.copy_(prototypes(images, config.source.classes))
+        weight.copy_(prototypes(images, config.source.classes))
+    if config.embedding_from:
+        embedding = load(config.embedding_from).label_embedding.weight
+        if embedding.shape != weight.shape:
+            raise Failure(f"the label embedding of {config.embedding_from} is of another --embed-dim")
+        weight.copy_(embedding)
     return model
 
 
@@ -987,6 +963,7 @@ class Training:
         self.own_blocks = config.own_blocks[rank::size]
         self.model = start_embedding(build(config).to(device), config, images)
         self.averaged = copy.deepcopy(self.model).eval()
+        self.embedding_norm_start = self.model.label_embedding.weight.norm(dim=1).mean().item()
         self.parts, self.optimizers, self.tensors = {}, {}, {}  # by name
         everything = list(range(1, config.num_blocks + 1))
         for name in [*part_names(everything, config.num_blocks), "label_embedding"]:
@@ -1179,12 +1156,10 @@ def train(
     """Train all blocks; yields one record an epoch. Whoever stops asking has stopped early.
 
     after_step is called after every step, and may raise to stop there. Raises FloatingPointError for a loss
-    or gradient that is not finite, Failure where a batch is larger than the training split.
+    or gradient that is not finite.
     """
     config, (images, labels) = training.config, data.train
     steps = len(labels) // config.batch_size
-    if not steps:
-        raise Failure(f"--batch-size {config.batch_size} is more than the {len(labels)} training images")
     for epoch in range(len(training.history), config.epochs):
         if training.out_of_patience():
             return
@@ -1335,13 +1310,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> NoProp:
     return network_of(read_checkpoint(Path(path)), path).to(device)
 
 
+def config_of(content: dict[str, Any], path: str | Path) -> Config:
+    """The config in the contents of a checkpoint; raises Failure, naming the path, where it does not fit."""
+    try:
+        return Config(**content["config"])
+    except (TypeError, ValueError) as error:
+        raise Failure(f"{path} does not fit this version of the script: {error}".splitlines()[0]) from error
+
+
 def network_of(content: dict[str, Any], path: str | Path) -> NoProp:
     """The network in the contents of a checkpoint; raises Failure, naming the path, where they do not fit."""
+    model = build(config := config_of(content, path))
     try:
-        config = Config(**content["config"])
-        model = build(config)
         model.load_state_dict(content["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except RuntimeError as error:
         raise Failure(f"{path} does not fit this version of the script: {error}".splitlines()[0]) from error
     model.config = config
     return model.eval()
@@ -1494,16 +1476,15 @@ def classify(config: Config, device: torch.device) -> None:
 
 def evaluate_checkpoint(config: Config, device: torch.device) -> None:
     """Print the test accuracy of the trained network of --evaluate."""
-    model = load(config.evaluate, device)
-    trained = dataclasses.replace(model.config, data_root=config.data_root)
-    test = load_data(trained, device).test
+    model, test = load(config.evaluate, device), load_data(config, device).test
+    model.steps = reverse_steps(model.alpha_bar, config.weights == "equal")
     with workers(device, config.threads) as parallel:
         if config.early_exit < 1:
             probability, blocks = model.early_exit(test.images, config.early_exit)
-            accuracy = 100 * (probability.argmax(-1) == test.labels).double().mean().item()
+            accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
             print(f"Early exit: {blocks.mean():.2f} of {len(model.blocks)} blocks an image.")
         else:
-            accuracy = evaluate(model, test, model.config, parallel)["accuracy"][-1]
+            accuracy = evaluate(model, test, config, parallel)["accuracy"][-1]
     print(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %.")
 
 
@@ -1531,10 +1512,11 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; for "auto" the accelerator if there is one, else the CPU. Raises Failure."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-        if name == "cuda" and dist.is_initialized():
-            name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    if name == "cuda" and dist.is_initialized() and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
-        return torch.zeros(1, device=name).device
+        (probe := torch.zeros(1, device=name)).item()
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise Failure(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
 
@@ -1567,9 +1549,7 @@ def output_folder(folder: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise FolderInUse(
-                f"another run writes into {folder}: wait, or choose another --output-dir"
-            ) from error
+            raise FolderInUse(f"another run writes into {folder}: choose another --output-dir") from error
 
     on_first(acquire)
     try:
@@ -1585,15 +1565,7 @@ def begin(config: Config, device: torch.device, path: Path, images: Split) -> Tr
         try:
             training.load_state_dict(content["training"], content["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Failure(
-                f"{path} was not made by this version of the script; start without --resume"
-            ) from error
-    elif config.embedding_from:
-        embedding = load(config.embedding_from).label_embedding.state_dict()
-        if embedding["weight"].shape != training.model.label_embedding.weight.shape:
-            raise Failure(f"the label embedding of {config.embedding_from} is of another --embed-dim")
-        for network in (training.model, training.averaged):
-            network.label_embedding.load_state_dict(embedding)
+            raise Failure(f"{path} was made by another version of the script: it can't be resumed") from error
     return training
 
 
@@ -1615,12 +1587,9 @@ def previous(config: Config, device: torch.device, path: Path) -> dict[str, Any]
     return None
 
 
-def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, Any]:
+def summarize(training: Training, model: NoProp, data: Data, parallel: Callable) -> dict[str, Any]:
     """What noprop_hybrid.json, or that of another objective, says of a run; accuracies in percent."""
-    config, history, device = training.config, training.history, data.test.images.device
-    model = start_embedding(build(config).to(device).eval(), config, data.train)
-    norm_start = model.label_embedding.weight.norm(dim=1).mean().item()
-    model.load_state_dict(training.selected)
+    config, history, device = training.config, training.history, training.device
     norm_end = model.label_embedding.weight.norm(dim=1).mean().item()
     val, test = (evaluate(model, split, config, parallel) for split in data[1:])
     seen = [x["test_accuracy"] for x in history if x["test_accuracy"] is not None]
@@ -1639,28 +1608,29 @@ def summarize(training: Training, data: Data, parallel: Callable) -> dict[str, A
         "test_images": len(data.test.labels),
         "test_accuracy_by_blocks": test["accuracy"],
         "test_accuracy_average": test["average"],
-        "embedding_norm_start": norm_end if config.embedding == "fixed" else norm_start,
+        "embedding_norm_start": norm_end if config.embedding == "fixed" else training.embedding_norm_start,
         "embedding_norm_end": norm_end,
         "history": history,
     }
 
 
-def matmul_peak(device: str, size: int = 1024) -> float:
+def matmul_peak(device: str) -> float:
     """GFLOP/s of float32 matrix products, the best of twenty."""
-    a, seconds = torch.rand(size, size, device=device), []
+    a, seconds = torch.rand(1024, 1024, device=device), []
     for _ in range(20):
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the product
         seconds.append(time.perf_counter() - started)
-    return 2e-9 * size**3 / min(seconds)
+    return 2e-9 * 1024**3 / min(seconds)
 
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
     accuracy, chain = summary["test_accuracy"], summary["test_accuracy_by_blocks"]
     images = summary["test_images"]
+    chosen = "chosen on validation images" if config.select == "validation" else "the last one"
     print(f"""
 Test accuracy    {accuracy:.2f} ± {standard_error(accuracy, images):.2f} % (± for {images:,} images)
-Weights          epoch {summary["selected_epoch"]}, chosen on validation images
+Weights          epoch {summary["selected_epoch"]}, {chosen}
 Best test epoch  {summary["best_test_accuracy"]:.2f} % (chosen on the test set, as the original did)
 After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
 Blocks' average  {summary["test_accuracy_average"]:.2f} % (of the class probabilities of all blocks)
@@ -1672,9 +1642,10 @@ Folder           {config.output_dir.resolve()}""")
 
 def finish(training: Training, data: Data, parallel: Callable, started: float) -> dict[str, Any]:
     """Evaluate the selected weights, write the summary and the pictures; returns the summary."""
-    summary = summarize(training, data, parallel)
     checkpoint, summary_file, progress, denoising = (training.config.path(name) for name in OUTPUTS)
-    draw_denoising(denoising, load(checkpoint, training.device), data.test)
+    model = load(checkpoint, training.device)
+    summary = summarize(training, model, data, parallel)
+    draw_denoising(denoising, model, data.test)
     draw_progress(progress, summary)
     summary["seconds_total"] = time.perf_counter() - started
     write_file(summary_file, json.dumps(summary, indent=1).encode())
@@ -1774,6 +1745,8 @@ def merged_checkpoint(paths: tuple[Path, ...]) -> dict[str, Any]:
                 tensors = new[network].items()
                 old[network].update({name: x for name, x in tensors if name.startswith(prefixes)})
         whole["training"].update({name: part["training"][name] for name in names})
+        logs = () if exchange else zip(*(x["training"]["log"] for x in (whole, part)), strict=True)
+        whole["training"]["log"] = [mine + more for mine, more in logs] or whole["training"]["log"]
         for mine, more in (
             [] if exchange else zip(*(x["training"]["history"] for x in (whole, part)), strict=True)
         ):
@@ -1789,11 +1762,11 @@ def check_parts(paths: tuple[Path, ...], contents: list[dict[str, Any]], configs
     the place of its blocks, and need only fit.
     """
     exchange, whole = not configs[0].blocks, contents[0]
-    fitting = ("dataset", "image_size", "classes", "classify", "num_blocks", "embed_dim", "block", "target")
-    names = fitting if exchange else set(whole["config"]) - {"blocks"}
-    for path, part in zip(paths, contents, strict=True):
+    fitting = ("dataset", "image_size", "classes", "classify", "num_blocks", "dim", "block", "target")
+    names = fitting if exchange else set(whole["config"]) - {"blocks", "embed_dim"} | {"dim"}
+    for path, part, config in zip(paths, contents, configs, strict=True):
         for name in sorted(names):
-            here, there = part["config"][name], whole["config"][name]
+            here, there = (getattr(x, name) for x in (config, configs[0]))
             if here != there:
                 raise Failure(f"{path} and {paths[0]} differ in {name}: {here} and {there}")
         if not torch.equal(*(x["model"]["label_embedding.weight"] for x in (part, whole))):
@@ -1814,15 +1787,17 @@ def check_parts(paths: tuple[Path, ...], contents: list[dict[str, Any]], configs
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a trial without a heartbeat for so long is dead, and run again
 
 
-def suggest(trial) -> dict[str, Any]:
+def suggest(trial, objective: str) -> dict[str, Any]:
     """The search space, by names of Config: edit it here (what a trial offers: optuna.trial.Trial)."""
-    return {
-        "lr": trial.suggest_float("lr", 1e-3, 1e-1, log=True),
-        "eta_loss_weight": trial.suggest_float("eta_loss_weight", 0.1, 10.0, log=True),
-        "lambda_global": trial.suggest_float("lambda_global", 0.1, 10.0, log=True),
-        "embed_wd": trial.suggest_float("embed_wd", 1e-8, 1e-3, log=True),
-        "weight_decay": trial.suggest_float("weight_decay", 1e-5, 1e-1, log=True),
+    space = {
+        "lr": (1e-3, 1e-1),
+        "eta_loss_weight": (0.1, 10.0),
+        "lambda_global": (0.1, 10.0),
+        "embed_wd": (1e-8, 1e-3),
+        "weight_decay": (1e-5, 1e-1),
     }
+    names = [name for name in space if name not in WITHOUT_EFFECT[objective]]
+    return {name: trial.suggest_float(name, *space[name], log=True) for name in names}
 
 
 def storage_url(config: Config, hide_password: bool = False) -> str:
@@ -1860,7 +1835,7 @@ def open_study(config: Config):
     warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the config as it is
     url = storage_url(config)
     probe = optuna.create_study().ask()
-    searched, space = suggest(probe), probe.distributions
+    searched, space = suggest(probe, config.objective), probe.distributions
     settings = dataclasses.replace(config, epochs=config.hpo_epochs).saved()
     given = {name: value for name, value in settings.items() if name not in searched}
     ranges = {f"the range of {name}": str(bounds) for name, bounds in space.items()}
@@ -1905,8 +1880,7 @@ class Search:
 
     def __init__(self, config: Config, device: torch.device, signalled: Callable[[], int]):
         self.config, self.device, self.signalled = config, device, signalled
-        data = load_data(config, device)
-        self.data = data._replace(test=None)  # a search never sees a test image
+        self.data = load_data(config, device)._replace(test=None)  # a search never sees a test image
         self.lock = FileLock(config.output_dir / ".noprop_hpo.lock")  # among the workers in this folder
         with self.lock:
             self.study = open_study(config)
@@ -1972,7 +1946,7 @@ class Search:
         seed = generator(self.config.seed, "search", trial.number).initial_seed() % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=False)
         try:
-            trial.set_user_attr("settings", settings := suggest(trial))
+            trial.set_user_attr("settings", settings := suggest(trial, self.config.objective))
             config = dataclasses.replace(self.config, epochs=self.config.hpo_epochs, **settings)
         except (TypeError, ValueError) as error:
             raise Failure(f"suggest() proposes what is no setting: {error}") from error
@@ -2040,7 +2014,7 @@ class Search:
         return best[0].user_attrs["settings"]
 
 
-def draw_search(folder: Path, study, name: str, complete: int, least: int = 8) -> None:
+def draw_search(folder: Path, study, name: str, complete: int) -> None:
     """Optuna's pictures: the trials one after another, by each setting, and which setting decides."""
     import matplotlib
     import optuna
@@ -2051,13 +2025,13 @@ def draw_search(folder: Path, study, name: str, complete: int, least: int = 8) -
         warnings.simplefilter("ignore")  # about ranges of a single value
         history = plots.plot_optimization_history(study, target_name=name)
         slices = plots.plot_slice(study, target_name=name)
-        if complete >= least:
+        if complete >= 8:
             quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
             importance = plots.plot_param_importances(study, evaluator=quarter, target_name=name)
             importance.set_title("Importance for being in the best quarter of the trials", loc="left")
         else:
             importance = pyplot.figure().subplots()
-            text = f"importances take {least} complete trials, this search has {complete}"
+            text = f"importances take 8 complete trials, this search has {complete}"
             importance.text(0.5, 0.5, text, ha="center")
         for axes in (history, *np.ravel(slices)):
             axes.set_yscale("log")
@@ -2084,6 +2058,7 @@ def search(config: Config, device: torch.device) -> int:
             code = 128 + interrupt.args[0]
             print("Stopped. The same command goes on.")
         best = worker.report()
+        code = code or (128 + signalled() if signalled() else 0)
     if not best and not code:
         raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
     if code or not config.hpo_final_run:
@@ -2121,13 +2096,11 @@ def settings_as_flags(path: Path) -> list[str]:
                 flags.append(f"--{name}={value}")
         return flags
     except (OSError, ValueError, AttributeError) as error:
-        raise Failure(
-            f"cannot read settings from {path}: it must be a JSON file as hpo_best.json is"
-        ) from error
+        raise Failure(f"cannot read settings from {path}: it must be like hpo_best.json") from error
 
 
 def read_config(arguments: list[str] | None = None) -> Config:
-    """The command line: flags win over --config, --preset, defaults; --resume: the checkpoint's config."""
+    """The command line: flags win over --config, --preset, defaults; or over what a checkpoint holds."""
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -2138,26 +2111,23 @@ def read_config(arguments: list[str] | None = None) -> Config:
     preset = PRESETS[first.preset]
     named = any(x.split("=")[0] == "--objective" for x in arguments)
     objective = first.objective if named else preset.get("objective", "hybrid")
+    path = first.evaluate or [*first.predict, first.output_dir / CHECKPOINT.format(objective)][0]
+    if first.evaluate or first.predict or first.resume and path.exists():
+        start = config_of(read_checkpoint(path), path)
+        given, saved = tyro.cli(Config, args=arguments, default=start), start.saved()
+        free = {"evaluate": ("temperature", "weights"), "resume": ("epochs",)}  # these may differ
+        free = free["evaluate" if first.evaluate else "resume"]
+        for name, new in given.saved().items():
+            if new != saved[name] and (name not in free or name == "epochs" and new < saved[name]):
+                flag = f"--{name.replace('_', '-')}"
+                raise Failure(f"{flag} {new} contradicts {path}, which has {saved[name]}: leave it out")
+        return given
     implied = first.source.settings | OBJECTIVES[objective] | preset
     implied |= {"objective": objective, "dataset": first.dataset}
     implied |= {"classes": class_folders(first.data_root)} if first.dataset == "folder" else {}
     implied |= {"embedding": "fixed"} if first.embedding_from else {}
     implied |= {"select": "last"} if first.blocks else {}
-    given = tyro.cli(Config, args=arguments, default=Config(preset=first.preset, **implied))
-    path = given.path(CHECKPOINT)
-    if not (given.resume and path.exists()):
-        if given.blocks and (given.learns_embedding or given.select != "last"):
-            raise Failure("--blocks takes --embedding fixed (or --embedding-from) and --select last")
-        if given.embedding_from and given.embedding != "fixed":
-            raise Failure("--embedding-from freezes the embedding that it takes: leave --embedding out")
-        return given
-    saved = read_checkpoint(path)["config"]
-    given = tyro.cli(Config, args=arguments, default=Config(**saved))
-    for name, new in given.saved().items():
-        if new != (old := saved.get(name, new)) and (name != "epochs" or new < old):
-            flag = f"--{name.replace('_', '-')}"
-            raise Failure(f"{flag} {new} contradicts {path}, which has {old}: leave it out")
-    return given
+    return tyro.cli(Config, args=arguments, default=Config(preset=first.preset, **implied))
 
 
 def execute(arguments: list[str] | None) -> int:
@@ -2184,9 +2154,8 @@ def main(arguments: list[str] | None = None) -> int:
             return execute(arguments)
     except (Failure, FloatingPointError) as error:
         code = getattr(error, "code", 3)
-        if (
-            code != 2 or os.environ.get("LOCAL_RANK", "0") == "0"
-        ):  # wrong input is the same for all: one tells
+        # wrong input is the same for all processes: one of them tells
+        if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return code
     except KeyboardInterrupt as interrupt:

@@ -107,7 +107,7 @@ def headline(seeds: range) -> Rows:
         "epochs": "epochs",
         "seconds": "seconds",
     }
-    test = noprop.load_mnist(noprop.Config().data_root, CPU).test
+    test = noprop.load_data(noprop.Config(), CPU).test
     rows: Rows = {}
     for name, of_one in run(HEADLINE, seeds).items():
         for x in of_one:
@@ -210,7 +210,7 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
 
 def ladder(seeds: range) -> Rows:
     """What does the chain of blocks do? Networks of the default, used rightly and wrongly."""
-    test = noprop.load_mnist(noprop.Config().data_root, CPU).test
+    test = noprop.load_data(noprop.Config(), CPU).test
     results = [ladder_of(model, test) for model in networks(seeds)]
     return {name: {"test accuracy": [result[name] for result in results]} for name in results[0]}
 
@@ -264,7 +264,7 @@ def ablation(seeds: range) -> Rows:
     """Which change matters? Each taken back alone: validation accuracy after two epochs, by seed."""
     runs = run(two_epochs(ABLATION), seeds)
     columns = {name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()}
-    val = noprop.load_mnist(noprop.Config().data_root, CPU).val
+    val = noprop.load_data(noprop.Config(), CPU).val
     results = [inference(model, val) for model in networks(seeds, "--epochs=2")]
     return differences(columns | {name: [result[name] for result in results] for name in results[0]})
 

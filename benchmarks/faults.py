@@ -143,7 +143,7 @@ def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter,
 
 def load(epochs: int) -> str:
     """Resident memory and open files over many epochs on tiny data."""
-    data = noprop.load_mnist(ROOT / "data", torch.device("cpu"))
+    data = noprop.load_data(noprop.Config(), torch.device("cpu"))
     small = noprop.Data(*(noprop.Split(x.images[:512], x.labels[:512]) for x in data))
     config = noprop.Config(epochs=epochs, patience=epochs, batch_size=128, num_blocks=3)
     seen = []

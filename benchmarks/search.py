@@ -78,7 +78,7 @@ def ranking(number: int = 16) -> None:
     Settings are trained twice for three epochs on 45,000 images. One training is ranked as a trial is, on
     5,000 images, by error or by loss; the other gives the error on 10,000 images that neither has seen.
     """
-    whole = noprop.load_mnist(noprop.Config().data_root, CPU)
+    whole = noprop.load_data(noprop.Config(), CPU)
     images, labels = (torch.cat([whole.val[i], whole.train[i]]) for i in (0, 1))
     parts = ((15_000, 60_000), (0, 5_000), (5_000, 15_000))
     data = noprop.Data(*(noprop.Split(images[a:b], labels[a:b]) for a, b in parts))
@@ -116,7 +116,7 @@ def ranking(number: int = 16) -> None:
 
 def weights() -> None:
     """Validation accuracy and loss after three epochs by η₁ and η₂, all else as shipped; two seeds."""
-    data = noprop.load_mnist(noprop.Config().data_root, CPU)._replace(test=None)
+    data = noprop.load_data(noprop.Config(), CPU)._replace(test=None)
     print("| η₁ | η₂ | validation accuracy | validation loss |\n|---|---|---|---|")
     for eta, lam in ((2.0, 1.0), (0.1, 0.1), (0.1, 10.0), (10.0, 0.1), (10.0, 10.0)):
         settings = {"eta_loss_weight": eta, "lambda_global": lam}

@@ -65,7 +65,7 @@ def ddpm(folder: Path) -> float:
     """Test accuracy of a run's network with the reverse step's own weights."""
     model = noprop.load(folder / "noprop_hybrid.pt")
     model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
-    test = noprop.load_mnist(model.config.data_root, torch.device("cpu")).test
+    test = noprop.load_data(model.config, torch.device("cpu")).test
     return noprop.evaluate(model, test, model.config)["accuracy"][-1]
 
 

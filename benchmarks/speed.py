@@ -356,7 +356,7 @@ def runs(number: int) -> None:
 
 def inference(number: int) -> None:
     """Images a second, blocks an image: the chain, one block, early exit, with the networks of "runs"."""
-    data = noprop.load_mnist(Config().data_root, DEVICE)
+    data = noprop.load_data(Config(), DEVICE)
     models = [
         noprop.load(Path("runs/speed") / f"seed{seed}" / "noprop_hybrid.pt", DEVICE) for seed in range(number)
     ]

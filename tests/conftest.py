@@ -17,7 +17,7 @@ TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 @pytest.fixture(scope="session")
 def data() -> noprop.Data:
-    return noprop.load_mnist(ROOT / "data", CPU)
+    return noprop.load_data(noprop.Config(), CPU)
 
 
 @pytest.fixture(scope="session")

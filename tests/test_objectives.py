@@ -1,5 +1,7 @@
 """The paper's own NoProp-DT and the backprop twin: their mathematics, their isolation, their files."""
 
+import re
+
 import pytest
 import torch
 from conftest import CPU, TINY, noprop, same, train_tiny
@@ -133,6 +135,14 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
     checkpoint = tmp_path / f"noprop_{objective}.pt"
     weights = noprop.load(checkpoint).state_dict()
     assert noprop.main(["--evaluate", str(checkpoint)]) == 0
+    capsys.readouterr()
+    evaluate = ["--evaluate", str(checkpoint), "--temperature=0"]  # dt samples where no flag says otherwise
+    assert noprop.main([*evaluate, "--early-exit=0.999999999"]) == noprop.main(evaluate) == 0
+    exit_late, chain = re.findall("Test accuracy (.*)", capsys.readouterr().out)
+    assert exit_late == chain
+    fails(capsys, 2, [*evaluate, "--lr=1"], "--lr 1.0 contradicts")
+    if objective == "dt":
+        fails(capsys, 2, [*evaluate[:2], "--early-exit=0.9"], "early_exit does not sample")
     assert noprop.main([*flags, "--epochs=2", "--resume"]) == 0
     assert "2 epochs and 8 steps are done" in capsys.readouterr().out
     assert same(noprop.load(checkpoint).state_dict(), weights)
@@ -142,6 +152,11 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
     ("more", "word"),
     [
         (["--objective=backprop", "--blocks=1", "--embedding=fixed"], "backprop trains all blocks as one"),
+        (
+            ["--objective=backprop", "--eta-loss-weight=1"],
+            "eta_loss_weight has no effect on objective backprop",
+        ),
+        (["--objective=dt", "--lambda-global=2"], "lambda_global has no effect on objective dt"),
         (["--embedding=onehot", "--embed-dim=30"], "embedding onehot has 10 dimensions"),
         (["--objective=none"], "--objective"),
     ],

@@ -150,6 +150,18 @@ def test_a_block_of_a_whole_network_is_exchanged(trained, parts, tmp_path):
         assert torch.equal(value, (new if name.startswith("blocks.1.") else old)[name]), name
 
 
+def test_a_block_trained_in_the_folder_of_the_network_whose_embedding_it_takes(parts, tmp_path, capsys):
+    path = tmp_path / "noprop_hybrid.pt"
+    path.write_bytes(content := (parts / "whole" / path.name).read_bytes())
+    flags = command(tmp_path, f"--embedding-from={tmp_path / 'typo.pt'}", "--blocks=2")
+    fails(capsys, 2, flags, "cannot read")
+    assert path.read_bytes() == content
+    assert noprop.main(command(tmp_path, f"--embedding-from={path}", "--blocks=2")) == 0
+    assert (tmp_path / "noprop_hybrid.previous.pt").read_bytes() == content
+    for use in (["--evaluate"], ["--predict", "a.png"]):  # a chain with untrained blocks in it
+        fails(capsys, 2, [use[0], str(path), *use[1:]], "take all blocks, not 2 alone")
+
+
 @pytest.mark.parametrize(
     ("files", "word"),
     [

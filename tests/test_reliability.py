@@ -68,6 +68,13 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert "Nothing to resume" in capsys.readouterr().out
 
 
+def test_settings_may_be_said_again_to_resume(tmp_path):
+    """Some that do not go with the defaults: fewer images than a batch of these."""
+    few = ["--train-images=200", f"--output-dir={tmp_path}"]
+    assert noprop.main([*few, "--batch-size=100", "--epochs=1", "--num-blocks=1"]) == 0
+    assert noprop.main([*few, "--resume"]) == 0
+
+
 def test_resuming_on_another_machine_says_so(tmp_path, capsys, monkeypatch):
     assert noprop.main(tiny_flags(tmp_path)) == 0
     monkeypatch.setattr(noprop, "made_with", lambda device: {"device": "cuda", "torch": "9"})

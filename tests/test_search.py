@@ -13,19 +13,19 @@ import pytest
 from conftest import ROOT, TINY, noprop
 from test_command_line import fails
 
-load_mnist = noprop.load_mnist
+load_data = noprop.load_data
 
 
 def few_images(*arguments) -> noprop.Data:
     """500 images to validate and to test on."""
-    data = load_mnist(*arguments)
+    data = load_data(*arguments)
     val, test = (noprop.Split(x.images[:500], x.labels[:500]) for x in data[1:])
     return noprop.Data(data.train, val, test)
 
 
 def quick() -> int:
     """The script with short heartbeats and few images, in a process of its own."""
-    noprop.HEARTBEAT_SECONDS, noprop.GRACE_SECONDS, noprop.load_mnist = 1, 3, few_images
+    noprop.HEARTBEAT_SECONDS, noprop.GRACE_SECONDS, noprop.load_data = 1, 3, few_images
     return noprop.main(sys.argv[1:])
 
 
@@ -33,7 +33,7 @@ def quick() -> int:
 def quick_here(monkeypatch):
     monkeypatch.setattr(noprop, "HEARTBEAT_SECONDS", 1)
     monkeypatch.setattr(noprop, "GRACE_SECONDS", 3)
-    monkeypatch.setattr(noprop, "load_mnist", few_images)
+    monkeypatch.setattr(noprop, "load_data", few_images)
 
 
 def flags(folder: Path, **changes) -> list[str]:
@@ -123,7 +123,7 @@ def test_a_search_sees_no_test_image(tmp_path, monkeypatch):
         data = few_images(*arguments)
         return data._replace(test=noprop.Split(255 - data.test.images, data.test.labels.flip(0)))
 
-    monkeypatch.setattr(noprop, "load_mnist", poisoned)
+    monkeypatch.setattr(noprop, "load_data", poisoned)
     assert search(tmp_path / "b") == 0
     a, b = trials(tmp_path / "a"), trials(tmp_path / "b")
     assert [(x.params, x.value) for x in a] == [(x.params, x.value) for x in b]
@@ -206,7 +206,7 @@ def test_a_bad_trial_is_stopped_early_and_one_that_diverges_does_not_end_the_sea
     """The sixth trial learns nothing, or diverges."""
     rates = [0.01] * 5 + [1e-5]
 
-    def suggest(trial):
+    def suggest(trial, objective):
         return {"lr": rates[trial.number], "weight_decay": trial.suggest_float("weight_decay", 0, 0.01)}
 
     monkeypatch.setattr(noprop, "suggest", suggest)
@@ -233,7 +233,7 @@ def test_a_search_in_which_everything_diverges_says_so(tmp_path, monkeypatch, ca
 def test_a_space_of_the_readers_own(tmp_path, monkeypatch):
     """Choices without the config's own value, and a setting that is not searched: the final run has both."""
     monkeypatch.setattr(
-        noprop, "suggest", lambda trial: {"lr": trial.suggest_categorical("lr", [0.02]), "augment": False}
+        noprop, "suggest", lambda trial, _: {"lr": trial.suggest_categorical("lr", [0.02]), "augment": False}
     )
     assert noprop.main(flags(tmp_path, hpo_trials=1)) == 0
     trained = json.loads((tmp_path / "noprop_hybrid.json").read_text())["config"]
@@ -242,7 +242,7 @@ def test_a_space_of_the_readers_own(tmp_path, monkeypatch):
 
 
 def test_a_suggestion_that_is_no_setting(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(noprop, "suggest", lambda trial: {"speed": trial.suggest_float("speed", 1, 2)})
+    monkeypatch.setattr(noprop, "suggest", lambda trial, _: {"speed": trial.suggest_float("speed", 1, 2)})
     fails(capsys, 2, flags(tmp_path), "suggest() proposes what is no setting", "speed")
 
 
@@ -264,7 +264,7 @@ def test_a_search_with_other_settings_is_refused(tmp_path, capsys, change, word)
 def test_a_search_of_another_space_is_refused(tmp_path, capsys, monkeypatch):
     assert search(tmp_path, hpo_trials=1) == 0
     capsys.readouterr()
-    monkeypatch.setattr(noprop, "suggest", lambda trial: {"lr": trial.suggest_float("lr", 1e-3, 1e-2)})
+    monkeypatch.setattr(noprop, "suggest", lambda trial, _: {"lr": trial.suggest_float("lr", 1e-3, 1e-2)})
     fails(capsys, 2, flags(tmp_path), "the range of")
 
 
