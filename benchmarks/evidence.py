@@ -113,8 +113,8 @@ def headline(seeds: range) -> Rows:
         for x in of_one:
             x["test_accuracy_after_1"] = x["test_accuracy_by_blocks"][0]
         rows[name] = {column: [x[key] for x in of_one] for column, key in columns.items()}
-        for temperature, objective in ((1.0, "hybrid"), (0.0, "dt")):  # the other way of inference
-            if of_one[0]["config"]["objective"] == objective:
+        for temperature, wanted in ((1.0, not HEADLINE[name]), (0.0, DT in HEADLINE[name])):
+            if wanted:  # the other way of inference
                 found = [inferred(folder_of(HEADLINE[name], seed), temperature, test) for seed in seeds]
                 rows[f"{name}, at τ = {temperature:g}"] = {
                     "test accuracy": [x["accuracy"][-1] for x in found],

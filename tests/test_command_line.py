@@ -110,7 +110,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--ema-decay", "1"], "ema_decay must be"),
         (["--train-images", "100"], "train_images must be"),
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "learn nothing"),
-        (["--early-exit", "0", "--evaluate", "a.pt"], "early_exit must be above 0"),
+        (["--early-exit", "0"], "early_exit must be above 0"),
         (["--temperature", "1"], "takes --weights ddpm"),
         (["--early-exit", "0.9"], "early_exit goes with evaluate or predict"),
         (["--device", "tpu9"], "--device tpu9"),
