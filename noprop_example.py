@@ -2115,8 +2115,7 @@ def read_config(arguments: list[str] | None = None) -> Config:
     if first.evaluate or first.predict or first.resume and path.exists():
         start = config_of(read_checkpoint(path), path)
         given, saved = tyro.cli(Config, args=arguments, default=start), start.saved()
-        free = {"evaluate": ("temperature", "weights"), "resume": ("epochs",)}  # these may differ
-        free = free["evaluate" if first.evaluate else "resume"]
+        free = ("temperature", "weights") if first.evaluate else ("epochs",) if first.resume else ()
         for name, new in given.saved().items():
             if new != saved[name] and (name not in free or name == "epochs" and new < saved[name]):
                 flag = f"--{name.replace('_', '-')}"
@@ -2166,4 +2165,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # a thread of gloo that still holds a tensor while Python ends would abort it: pytorch/pytorch#179291
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
