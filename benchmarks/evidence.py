@@ -325,7 +325,9 @@ def draw(rows: Rows, title: str, path: Path) -> None:
         measured = {name: row for name, row in rows.items() if "MiB, T = 1" in row}
         for (name, row), marker in zip(measured.items(), "os^v", strict=True):
             memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
-            axes.plot(memory.keys(), memory.values(), marker=marker, label=name)
+            ratio = next(value for column, [value] in row.items() if "÷" in column)
+            label = f"{name} (time of a step at T = 10: {ratio:.2f})"
+            axes.plot(memory.keys(), memory.values(), marker=marker, label=label)
         axes.set(xscale="log", yscale="log", xlabel="blocks T", ylabel="MiB kept for the backward pass")
         axes.set_xticks(list(memory), list(memory))
         axes.legend(frameon=False)
