@@ -118,7 +118,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--data-root", "/nowhere"], "train-images-idx3-ubyte.gz is missing"),
         (["--output-dir", "/proc/nowhere"], "cannot write into --output-dir"),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
-        (["--predict", "nothing.pt"], "at least one image"),
+        (["--predict", "nothing.pt"], "cannot read nothing.pt"),
     ],
 )
 def test_bad_flags(capsys, tmp_path, monkeypatch, arguments, word):
@@ -202,6 +202,7 @@ def test_bad_pictures(capsys, tmp_path, trained):
         ("blank.png", "nothing"),
     ):
         fails(capsys, 2, ["--predict", str(trained / "noprop_hybrid.pt"), str(tmp_path / name)], word, name)
+    fails(capsys, 2, ["--predict", str(trained / "noprop_hybrid.pt")], "at least one image")
 
 
 def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path, flags, monkeypatch):
