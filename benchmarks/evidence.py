@@ -64,6 +64,7 @@ OBJECTIVES = {  # name: flags, beside two epochs
 ABLATION = {  # name: flags, beside two epochs
     "the default": [],
     "ε̂ = f(x, z) in place of û = f(x, z)": ["--target=noise"],
+    "the same, with DDPM's weights": ["--target=noise", "--weights=ddpm"],
     "û = softmax(f) W, as in the paper": ["--target=classes"],
     "MSE(ε̂, ε) alone": ["--lambda-global=0"],
     "MSE(û, u) alone": ["--eta-loss-weight=0"],
