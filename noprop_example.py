@@ -486,7 +486,7 @@ class Config:
     num_blocks: int = 10  # T, blocks and noise levels
     embed_dim: int | None = None  # D, of the label embedding; None: 20, or as many as classes
     block: Literal["small", "wide", "reference", "paper"] = "small"  # the blocks: BLOCKS in the script
-    target: Literal["label", "noise", "classes"] = "label"  # a block's network computes û, ε̂, or softmax(f) W
+    target: Literal["label", "noise", "classes"] = "label"  # a block computes û, ε̂, or softmax(f) W
     classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
     eta_loss_weight: float = 2.0  # η₁, weight of MSE(ε̂, ε)
     lambda_global: float = 1.0  # η₂, weight of MSE(û, u)
@@ -1412,26 +1412,25 @@ def draw_denoising(path: Path, model: NoProp, test: Split) -> None:
 
 
 def open_picture(path: Path):
-    """A PNG or JPEG, upright, RGBA; raises Failure for a file that can't be read."""
+    """A PNG or JPEG, upright, on white; raises Failure for a file that can't be read."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGBA")
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Failure(f"cannot read the image {path}: {error}") from error
 
 
 def read_picture(path: Path, config: Config) -> Tensor:
     """A picture file as the config's data set has its images, uint8 (C, H, W). Raises Failure."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     if config.dataset in ("mnist", "kmnist"):
         return read_character(path).unsqueeze(0)
     channels, *size = config.source.shape
-    upright = open_picture(path)
-    on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    fitted = np.array(ImageOps.fit(on_white.convert("RGB" if channels == 3 else "L"), size[::-1]))
+    fitted = np.array(ImageOps.fit(open_picture(path).convert("RGB" if channels == 3 else "L"), size[::-1]))
     return torch.from_numpy(fitted).view(*size, channels).permute(2, 0, 1)
 
 
@@ -1443,9 +1442,7 @@ def read_character(path: Path) -> Tensor:
     """
     from PIL import Image
 
-    upright = open_picture(path)
-    on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    gray = np.asarray(on_white.convert("L"), np.float32)
+    gray = np.asarray(open_picture(path).convert("L"), np.float32)
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
     if ink.max() < 16:
         raise Failure(f"{path} shows nothing: it is all one shade")

@@ -15,10 +15,8 @@ import argparse
 import copy
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import folder_of, mean, run
+from benchmarks.seeds import folder_of, inferred, mean, mean_and_error, run
 
 CPU, RESULTS = torch.device("cpu"), Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
@@ -88,8 +86,10 @@ ABLATION = {  # name: flags, beside two epochs
 # --- Tables ------------------------------------------------------------------------------------------------
 
 
-def two_epochs(settings: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {name: ["--epochs=2", *flags] for name, flags in settings.items()}
+def after_two_epochs(settings: dict[str, list[str]], seeds: range) -> dict[str, list[float]]:
+    """Validation accuracies by seed of the runs with each setting's flags."""
+    runs = run({name: ["--epochs=2", *flags] for name, flags in settings.items()}, seeds)
+    return {name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()}
 
 
 def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
@@ -123,16 +123,6 @@ def headline(seeds: range) -> Rows:
                     "mean of all blocks": [x["average"] for x in found],
                 }
     return rows
-
-
-def inferred(folder: Path, temperature: float, split: noprop.Split) -> dict:
-    """What evaluate() says of a run's network at another temperature, with DDPM's weights."""
-    [path] = folder.glob("noprop_*.pt")
-    model = noprop.load(path)
-    model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
-    config = replace(model.config, weights="ddpm", temperature=temperature)
-    with noprop.workers(CPU, torch.get_num_threads()) as parallel:
-        return noprop.evaluate(model, split, config, parallel)
 
 
 def accuracy(split: noprop.Split, answer: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -255,14 +245,12 @@ def differences(columns: dict[str, list[float]]) -> Rows:
 
 def objectives(seeds: range) -> Rows:
     """Is NoProp-DT unstable? Validation accuracy after two epochs, by seed."""
-    runs = run(two_epochs(OBJECTIVES), seeds)
-    return differences({name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()})
+    return differences(after_two_epochs(OBJECTIVES, seeds))
 
 
 def ablation(seeds: range) -> Rows:
     """Which change matters? Each taken back alone: validation accuracy after two epochs, by seed."""
-    runs = run(two_epochs(ABLATION), seeds)
-    columns = {name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()}
+    columns = after_two_epochs(ABLATION, seeds)
     val = noprop.load_data(noprop.Config(), CPU).val
     results = [inference(model, val) for model in networks(seeds, "--epochs=2")]
     return differences(columns | {name: [result[name] for result in results] for name in results[0]})
@@ -295,7 +283,8 @@ def cell(column: str, values: list[float]) -> str:
 
 def verdict(apart: list[float]) -> str:
     """Of differences by seed, in points; 3 standard errors, and at least 0.05 points, are a difference."""
-    delta, error = abs(statistics.mean(apart)), statistics.stdev(apart) / len(apart) ** 0.5
+    delta, error = mean_and_error(apart)
+    delta = abs(delta)
     if not any(apart):
         return ""
     if delta > max(3 * error, 0.05):
@@ -334,7 +323,7 @@ def draw(rows: Rows, title: str, path: Path) -> None:
         axes.legend(frameon=False)
     for y, (name, row) in enumerate(rows.items() if column else ()):
         values = np.array(row[column])
-        middle, error = values.mean(), values.std(ddof=1) / len(values) ** 0.5
+        middle, error = mean_and_error(row[column])
         doubtful = column == "Δ" and verdict(row["Δ"]) != "matters"
         color = RED if re.match("LEAK|BUG", name) else GREY if doubtful else BLUE
         place = (lambda x: np.maximum(100 - x, 0.1)) if column != "Δ" else np.asarray

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,13 +21,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 
-SCRIPT = noprop.__file__
+SCRIPT, CPU = noprop.__file__, torch.device("cpu")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error over the seeds; of one seed the error is nan."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
 
 
 def mean(values: list[float], digits: int = 2) -> str:
     """Mean ± standard error over the seeds."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+    return " ± ".join(f"{x:.{digits}f}" for x in mean_and_error(values))
 
 
 def folder_of(flags: list[str], seed: int) -> Path:
@@ -61,12 +67,14 @@ def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
     return {name: [summary_of(folder_of(flags, seed)) for seed in seeds] for name, flags in settings.items()}
 
 
-def ddpm(folder: Path) -> float:
-    """Test accuracy of a run's network with the reverse step's own weights."""
-    model = noprop.load(folder / "noprop_hybrid.pt")
+def inferred(folder: Path, temperature: float, split: noprop.Split) -> dict:
+    """What evaluate() says of a run's network at another temperature, with DDPM's weights."""
+    [path] = folder.glob("noprop_*.pt")
+    model = noprop.load(path)
     model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
-    test = noprop.load_data(model.config, torch.device("cpu")).test
-    return noprop.evaluate(model, test, model.config)["accuracy"][-1]
+    config = replace(model.config, weights="ddpm", temperature=temperature)
+    with noprop.workers(CPU, torch.get_num_threads()) as parallel:
+        return noprop.evaluate(model, split, config, parallel)
 
 
 def main() -> int:
@@ -88,7 +96,10 @@ def main() -> int:
     ):
         print(f"| {title} | {mean([read(x) for x in results], digits)} |")
     if results[0]["config"]["objective"] == "hybrid":
-        by_seed = [ddpm(folder_of(flags, seed)) for seed in seeds]
+        test = noprop.load_data(noprop.Config(**results[0]["config"]), CPU).test
+        temperature = results[0]["config"]["temperature"]
+        found = [inferred(folder_of(flags, seed), temperature, test) for seed in seeds]
+        by_seed = [x["accuracy"][-1] for x in found]
         print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
     print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")
     return 0
