@@ -98,7 +98,7 @@ def test_blocks_have_the_stated_sizes():
         if name != "paper"
     }
     sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in sizes.items()}
-    assert sizes == pytest.approx({"small": 51_000, "wide": 188_000, "reference": 628_000}, rel=0.01)
+    assert sizes == pytest.approx({"small": 51_000, "deep": 129_000, "reference": 628_000}, rel=0.01)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 60])
