@@ -97,6 +97,13 @@ def generator(*address: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
+def send(draws: Tensor, device: torch.device) -> Tensor:
+    """Draws on the device. A GPU takes them from pinned memory: a plain copy would wait for all its work."""
+    if device.type != "cuda":
+        return draws.to(device)
+    return draws.pin_memory().to(device, non_blocking=True)
+
+
 @contextmanager
 def seeded(*address: int | str) -> Iterator[None]:
     """Seed torch's global generator from an address, for code that takes none, and restore it afterwards."""
@@ -209,7 +216,7 @@ class Dropout(nn.Module):
         if not self.training:
             return x
         kept = torch.empty(x.shape).bernoulli_(1 - self.p, generator=self.noise)
-        return x * kept.to(x.device) / (1 - self.p)
+        return x * send(kept, x.device) / (1 - self.p)
 
 
 class Residual(nn.Sequential):
@@ -308,7 +315,8 @@ class NoProp(nn.Module):
         temperature is τ: 1 samples a label from p(y|x), which takes DDPM's weights; 0 starts at z_0 = 0 and
         follows the mean of each step.
         """
-        z = torch.randn(len(image), self.label_embedding.embedding_dim, generator=noise).to(image.device)
+        z = torch.randn(len(image), self.label_embedding.embedding_dim, generator=noise)
+        z = send(z, image.device)
         states = self.reverse_process(self.blocks, image, temperature * z, self.steps, temperature, noise)
         return torch.stack([self.classify(*state) for state in states], dim=1)
 
@@ -395,7 +403,7 @@ def reverse_process(blocks, image, z, steps, temperature, noise, embedding=None)
     """
     for block, (alpha_bar, a, b, c) in zip(blocks, steps, strict=True):
         u_hat = clean_label(z, block(image, z, alpha_bar, embedding), alpha_bar)
-        xi = torch.randn(z.shape, generator=noise).to(z.device)
+        xi = send(torch.randn(z.shape, generator=noise), z.device)
         z = a * u_hat + b * z + temperature * c**0.5 * xi
         yield u_hat, z
 
@@ -500,6 +508,7 @@ class Config:
     weights: Literal["equal", "ddpm"] = "equal"  # with which the blocks' û enter z_t in inference
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "learned"  # fixed: stays as it starts
     blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for --merge
+    precision: Literal["float32", "bfloat16"] = "float32"  # of blocks that train; bfloat16 takes hardware
     select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
     temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
     patience: int = 15  # stop after this many epochs without a better validation accuracy
@@ -804,10 +813,10 @@ def augment(images: Tensor, noise: torch.Generator, flip: bool = False) -> Tenso
     angle, scale, dx, dy = (torch.rand(4, len(images), generator=noise) * 2 - 1) * limits
     cos, sin = torch.cos(angle) * (1 + scale), torch.sin(angle) * (1 + scale)
     if flip:
-        mirrored = torch.rand(len(images), generator=noise).to(images.device)[:, None, None, None] < 0.5
+        mirrored = send(torch.rand(len(images), 1, 1, 1, generator=noise), images.device) < 0.5
         images = torch.where(mirrored, images.flip(3), images)
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(send(theta, images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -1072,21 +1081,34 @@ def train_block(training: Training, t: int, image: Tensor, u: Tensor, label: Ten
     config, model = training.config, training.model
     # the gradients for the shared embedding end here, and are handed over
     u, embedding = u.detach().requires_grad_(), model.label_embedding.weight.detach().requires_grad_()
-    noise = torch.randn(u.shape, generator=generator(config.seed, "noise", t, training.step)).to(u.device)
+    noise = draw_noise(training, t, u)
     block, level = model.blocks[t - 1], model.alpha_bar[t - 1].item()
     set_dropout(block, config.seed, t, training.step)
-    if config.objective == "dt":
-        eta = config.eta_loss_weight
-        loss, u_hat = dt_loss(block, image, u, noise, model.alpha_bar, t, eta, embedding)
-    else:
-        weights = config.eta_loss_weight, config.lambda_global
-        loss, u_hat = block_loss(block, image, u, noise, level, *weights, embedding)
+    with autocast(config, u.device):
+        if config.objective == "dt":
+            eta = config.eta_loss_weight
+            loss, u_hat = dt_loss(block, image, u, noise, model.alpha_bar, t, eta, embedding)
+        else:
+            weights = config.eta_loss_weight, config.lambda_global
+            loss, u_hat = block_loss(block, image, u, noise, level, *weights, embedding)
     losses = {f"blocks.{t - 1}": loss}
     if t == config.num_blocks:  # the classifier is the head of the last block
         losses["classifier"] = classifier_loss(training, u_hat, u, label)
     sum(losses.values()).backward()
     found = {name: (loss.detach(), training.update(name, lr)) for name, loss in losses.items()}
     return found, (u.grad, embedding.grad)
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The precision of products and convolutions in training; losses, weights and averages stay float32."""
+    enabled = config.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def draw_noise(training: Training, t: int | str, u: Tensor) -> Tensor:
+    """ε of this step for block t, or for "z_T": like u, (B, D), and on its device."""
+    noise = torch.randn(u.shape, generator=generator(training.config.seed, "noise", t, training.step))
+    return send(noise, u.device)
 
 
 def set_dropout(block: nn.Module, seed: int, t: int, step: int) -> None:
@@ -1100,8 +1122,7 @@ def classifier_loss(training: Training, u_hat: Tensor, u: Tensor, label: Tensor)
     """Cross-entropy of the classifier, of û_T or of a z_T drawn from q(z_T | y); with dt, and the KL term."""
     config, model = training.config, training.model
     if config.classify == "z":
-        noise = torch.randn(u.shape, generator=generator(config.seed, "noise", "z_T", training.step))
-        u_hat = noisy_label(u, noise.to(u.device), model.alpha_bar[-1].item())
+        u_hat = noisy_label(u, draw_noise(training, "z_T", u), model.alpha_bar[-1].item())
     loss = F.cross_entropy(model.classifier(u_hat), label)
     return loss + kl_to_noise(u, model.alpha_bar[0].item()) if config.objective == "dt" else loss
 
@@ -1138,7 +1159,9 @@ def backprop_step(training: Training, image: Tensor, label: Tensor, lr: float) -
     torch.set_num_threads(config.threads)  # blocks wait for each other: all cores on each of them
     for t, block in enumerate(model.blocks, start=1):
         set_dropout(block, config.seed, t, training.step)
-    loss = F.cross_entropy(model(image)[:, -1], label)
+    with autocast(config, image.device):
+        logits = model(image)[:, -1]
+    loss = F.cross_entropy(logits.float(), label)
     loss.backward()
     through_w = config.target == "classes" and config.learns_embedding
     names = [name for name in training.parts if name != "label_embedding" or through_w]
@@ -1609,14 +1632,22 @@ def summarize(training: Training, model: NoProp, data: Data, parallel: Callable)
     }
 
 
-def matmul_peak(device: str) -> float:
-    """GFLOP/s of float32 matrix products, the best of twenty."""
-    a, seconds = torch.rand(1024, 1024, device=device), []
+def matmul_peak(device: str, dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
+    """GFLOP/s of products of square matrices, the best of twenty."""
+    a, seconds = torch.rand(size, size, device=device).to(dtype), []
     for _ in range(20):
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the product
         seconds.append(time.perf_counter() - started)
-    return 2e-9 * 1024**3 / min(seconds)
+    return 2e-9 * size**3 / min(seconds)
+
+
+def warn_if_slow(config: Config, device: torch.device) -> None:
+    """Say so where a CPU has no instructions for bfloat16: it may then be slower hundreds of times."""
+    if config.precision == "bfloat16":
+        slower = matmul_peak(str(device), size=256) / matmul_peak(str(device), torch.bfloat16, size=256)
+        if slower > 1:
+            print(f"--precision bfloat16 is {slower:.1f} times slower than float32 here: leave it out.")
 
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
@@ -1673,6 +1704,7 @@ def run(config: Config, device: torch.device) -> int:
         if rank == 0:
             weights, images = sum(x.numel() for x in training.model.parameters()), len(data.train.labels)
             print(f"NoProp on {device}: {config.num_blocks} blocks, {weights:,} weights; {images:,} images")
+            warn_if_slow(config, device)
         due = time.monotonic() + 60 * config.checkpoint_minutes
 
         def after_step() -> None:

@@ -205,6 +205,16 @@ def test_bad_pictures(capsys, tmp_path, trained):
     fails(capsys, 2, ["--predict", str(trained / "noprop_hybrid.pt")], "at least one image")
 
 
+@pytest.mark.parametrize("speed, told", [(1.0, True), (8.0, False)])
+def test_a_machine_that_is_slow_with_bfloat16_says_so(capsys, flags, monkeypatch, speed, told):
+    def peak(device, dtype=torch.float32, size=0):
+        return speed if dtype == torch.bfloat16 else 4.0
+
+    monkeypatch.setattr(noprop, "matmul_peak", peak)
+    assert noprop.main([*flags, "--precision", "bfloat16"]) == 0
+    assert ("bfloat16 is 4.0 times slower than float32 here" in capsys.readouterr().out) == told
+
+
 def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path, flags, monkeypatch):
     flags = [*flags, "--epochs", "3"]
     step = noprop.train_step

@@ -20,6 +20,18 @@ def test_same_seed_same_bits_other_seed_other_bits(small_data):
     assert not same(first.averaged.state_dict(), other.averaged.state_dict())
 
 
+@pytest.mark.parametrize("objective", ["hybrid", "dt", "backprop"])
+def test_bfloat16_trains_float32_weights_to_nearly_the_same(objective, small_data):
+    changes = noprop.OBJECTIVES[objective] | {"objective": objective}
+    exact = train_tiny(small_data, **changes)
+    short, again = (train_tiny(small_data, n, precision="bfloat16", **changes) for n in (1, 2))
+    assert same(short.averaged.state_dict(), again.averaged.state_dict())
+    assert not same(short.averaged.state_dict(), exact.averaged.state_dict())
+    assert all(x.dtype in (torch.float32, torch.int64) for x in short.model.state_dict().values())
+    for name in ("block_losses", "classifier_loss"):
+        assert short.history[0][name] == pytest.approx(exact.history[0][name], rel=0.02)
+
+
 def test_splits_are_disjoint_and_fixed(data):
     train = noprop.read_mnist_file(noprop.Config().data_root / "MNIST/raw", "train-images-idx3-ubyte")
     test = noprop.read_mnist_file(noprop.Config().data_root / "MNIST/raw", "t10k-images-idx3-ubyte")
