@@ -42,6 +42,7 @@ RESULTS: dict = {}  # what is printed and written
 
 OURS, IN_TURN = "NoProp, a block on each core", "NoProp, one block after another"
 AT_ONCE, PARTS = "NoProp, all losses in one backward pass", "backpropagation, a T-th of the batch at a time"
+SHORT = "NoProp in bfloat16"
 TWIN, PLAIN = "backpropagation through the chain", "plain CNN of one block's size by backpropagation"
 
 
@@ -159,16 +160,17 @@ def step(rounds: int = 9) -> None:
         batch, training, twin = random_batch(config.batch_size), Training(config, DEVICE), twin_of(config)
         one = twin_of(replace(config, num_blocks=1))
         work, twin_work = (flops(partial(noprop.train_step, x, *batch, 1e-3)) for x in (training, twin))
-        seconds = interleaved(
-            {
-                OURS: noprop_steps(training, batch),
-                IN_TURN: times(partial(noprop.train_step, training, *batch, 1e-3)),
-                TWIN: times(partial(noprop.train_step, twin, *batch, 1e-3)),
-                PLAIN: times(partial(noprop.train_step, one, *batch, 1e-3)),
-                "matmul": times(lambda: a @ a),
-            },
-            rounds if name == "default" else 3,
-        )
+        contestants = {
+            OURS: noprop_steps(training, batch),
+            IN_TURN: times(partial(noprop.train_step, training, *batch, 1e-3)),
+            TWIN: times(partial(noprop.train_step, twin, *batch, 1e-3)),
+            PLAIN: times(partial(noprop.train_step, one, *batch, 1e-3)),
+            "matmul": times(lambda: a @ a),
+        }
+        if noprop.matmul_peak(str(DEVICE), torch.bfloat16, 256) > noprop.matmul_peak(str(DEVICE), size=256):
+            short = Training(replace(config, precision="bfloat16"), DEVICE)
+            contestants[SHORT] = noprop_steps(short, batch)
+        seconds = interleaved(contestants, rounds if name == "default" else 3)
         medians = {key: statistics.median(values) / STEPS for key, values in seconds.items()}
         peak = max(peak, 2e-9 * 1024**3 * STEPS / seconds.pop("matmul")[0])
         rate = work / medians[OURS] / 1e9
@@ -179,6 +181,25 @@ def step(rounds: int = 9) -> None:
             text = f"{spread(values, 1e3 / STEPS)}, {ratio:.2f} × {TWIN}"
             report(f"{name}: ms a step, {key}", [x * 1e3 / STEPS for x in values], text)
         report(f"{name}: FLOPs of {OURS} ÷ {TWIN}", work / twin_work, f"{work / twin_work:.2f}")
+
+
+def compiled(rounds: int = 5) -> None:
+    """What torch.compile does to a default step; on a GPU with the blocks' kernels captured as graphs."""
+    config, mode = preset("default"), "reduce-overhead" if DEVICE.type == "cuda" else "default"
+    batch, eager, training = (
+        random_batch(config.batch_size),
+        Training(config, DEVICE),
+        Training(config, DEVICE),
+    )
+    for block in training.model.blocks:
+        block.compile(mode=mode)
+    started = time.perf_counter()
+    noprop.train_step(training, *batch, 1e-3)
+    seconds = time.perf_counter() - started
+    report("torch.compile: seconds of the first step", seconds, f"{seconds:.0f}")
+    pair = interleaved({"eager": noprop_steps(eager, batch), mode: noprop_steps(training, batch)}, rounds)
+    ratio = statistics.median(pair[mode]) / statistics.median(pair["eager"])
+    report(f"torch.compile, mode {mode}: time of a step ÷ eager", ratio, f"{ratio:.2f}")
 
 
 def profile(repeats: int = 10) -> None:
@@ -388,12 +409,12 @@ def inference(number: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("machine", "step", "profile", "memory", "runs", "inference")
+    parts = ("machine", "step", "compiled", "profile", "memory", "runs", "inference")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seeds", type=int, default=3, help="whole runs, and networks that are asked")
     arguments = parser.parse_args()
     print("| | |\n|---|---|")
-    for part in (machine, step, profile, memory):
+    for part in (machine, step, compiled, profile, memory):
         if part.__name__ in arguments.parts:
             part()
     for part in (runs, inference):
