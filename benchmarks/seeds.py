@@ -90,7 +90,6 @@ def main() -> int:
         ("best test accuracy over epochs (selects on test)", lambda x: x["best_test_accuracy"], 2),
         ("chain cut after block 1", lambda x: x["test_accuracy_by_blocks"][0], 2),
         ("average of all blocks' class probabilities", lambda x: x["test_accuracy_average"], 2),
-        ("mean over the cuts 1 ... T-1", lambda x: statistics.mean(x["test_accuracy_by_blocks"][:-1]), 2),
         ("seconds of training", lambda x: x["seconds"], 0),
         ("seconds in all", lambda x: x["seconds_total"], 0),
     ):
