@@ -1642,12 +1642,9 @@ def matmul_peak(device: str, dtype: torch.dtype = torch.float32, size: int = 102
     return 2e-9 * size**3 / min(seconds)
 
 
-def warn_if_slow(config: Config, device: torch.device) -> None:
-    """Say so where a CPU has no instructions for bfloat16: it may then be slower hundreds of times."""
-    if config.precision == "bfloat16":
-        slower = matmul_peak(str(device), size=256) / matmul_peak(str(device), torch.bfloat16, size=256)
-        if slower > 1:
-            print(f"--precision bfloat16 is {slower:.1f} times slower than float32 here: leave it out.")
+def bfloat16_slowdown(device: torch.device) -> float:
+    """Time of bfloat16 products ÷ float32's: without instructions for them, a CPU has up to hundreds."""
+    return matmul_peak(str(device), size=256) / matmul_peak(str(device), torch.bfloat16, size=256)
 
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
@@ -1704,7 +1701,8 @@ def run(config: Config, device: torch.device) -> int:
         if rank == 0:
             weights, images = sum(x.numel() for x in training.model.parameters()), len(data.train.labels)
             print(f"NoProp on {device}: {config.num_blocks} blocks, {weights:,} weights; {images:,} images")
-            warn_if_slow(config, device)
+            if config.precision == "bfloat16" and (slower := bfloat16_slowdown(device)) > 1:
+                print(f"--precision bfloat16 is {slower:.1f} times slower than float32 here: leave it out.")
         due = time.monotonic() + 60 * config.checkpoint_minutes
 
         def after_step() -> None:

@@ -144,12 +144,8 @@ def machine() -> None:
     """Matmul peaks, float32 and bfloat16."""
     report("cores used", THREADS, f"{THREADS}")
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.rand(1024, 1024, device=DEVICE).to(dtype)
-        seconds = interleaved({"matmul": lambda a=a: a @ a}, 30)["matmul"]
-        name = str(dtype).split(".")[1]
-        report(
-            f"{name} matmul peak, GFLOP/s", 2e-9 * 1024**3 / seconds[0], f"{2e-9 * 1024**3 / seconds[0]:.0f}"
-        )
+        peak = noprop.matmul_peak(str(DEVICE), dtype)
+        report(f"{str(dtype).split('.')[1]} matmul peak, GFLOP/s", peak, f"{peak:.0f}")
 
 
 def step(rounds: int = 9) -> None:
@@ -167,7 +163,7 @@ def step(rounds: int = 9) -> None:
             PLAIN: times(partial(noprop.train_step, one, *batch, 1e-3)),
             "matmul": times(lambda: a @ a),
         }
-        if noprop.matmul_peak(str(DEVICE), torch.bfloat16, 256) > noprop.matmul_peak(str(DEVICE), size=256):
+        if noprop.bfloat16_slowdown(DEVICE) < 1:
             short = Training(replace(config, precision="bfloat16"), DEVICE)
             contestants[SHORT] = noprop_steps(short, batch)
         seconds = interleaved(contestants, rounds if name == "default" else 3)
