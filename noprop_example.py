@@ -373,13 +373,7 @@ class Failure(Exception):
 
 
 def check(settings: Any, *rules: tuple[str, Callable[[Any], bool], str]) -> None:
-    """Raise ValueError for a field of another type, or one that breaks its rule: (names, holds, in words)."""
-    for name, hint in get_type_hints(type(settings)).items():
-        value, kinds = getattr(settings, name), get_args(hint) or (hint,)
-        kinds = (tuple,) if get_origin(hint) is tuple else kinds + (int,) * (float in kinds)
-        if not (value in kinds if get_origin(hint) is Literal else isinstance(value, kinds)):
-            choices = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-            raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+    """Raise ValueError for the first field that breaks its rule: (names, holds, in words)."""
     for names, holds, rule in rules:
         for name in names.split():
             if not holds(value := getattr(settings, name)):
@@ -418,6 +412,12 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a value of the wrong type or out of range."""
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            kinds = (tuple,) if get_origin(hint) is tuple else kinds + (int,) * (float in kinds)
+            if not (value in kinds if get_origin(hint) is Literal else isinstance(value, kinds)):
+                choices = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+                raise ValueError(f"{name} must be one of {choices}, not {value!r}")
         check(
             self,
             ("epochs num_blocks patience", lambda x: x >= 1, "at least 1"),
@@ -427,7 +427,7 @@ class Config:
             ("weight_decay embed_wd", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
             ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            ("embed_dim", lambda x: x >= self.num_classes, f"at least {self.num_classes}, a row a class"),
+            ("dim", lambda x: x >= self.num_classes, f"at least {self.num_classes}, a row a class"),
             ("train_images", lambda x: x is None or x >= self.batch_size, "None or at least batch_size"),
         )
         if self.eta_loss_weight == self.lambda_global == 0:
@@ -445,6 +445,18 @@ class Config:
         """The description that this project started from, at consistent noise levels; meant for a GPU."""
         recipe = dict(epochs=100, batch_size=128, block="reference", target="noise", lr=0.01, weights="ddpm")
         return cls(**recipe | dict(schedule="cosine", ema_decay=0.0, augment=False) | changes)
+
+    @property
+    def learns_embedding(self) -> bool:
+        return self.embedding != "fixed"
+
+    def saved(self) -> dict[str, Any]:
+        """The fields, as they are in a checkpoint and in a JSON file."""
+        return asdict(self)
+
+    @property
+    def dim(self) -> int:
+        return self.embed_dim
 
     @property
     def num_classes(self) -> int:
@@ -588,7 +600,7 @@ def augment(images: Tensor, noise: torch.Generator) -> Tensor:
 
 def build(config: Config, blocks=BLOCKS, kind: type[NoProp] = NoProp) -> NoProp:
     """The untrained network of a config."""
-    sizes = config.num_blocks, config.num_classes, config.embed_dim, config.image_shape
+    sizes = config.num_blocks, config.num_classes, config.dim, config.image_shape
     return kind(
         *sizes, config.seed, config.weights == "equal", partial(blocks[config.block], target=config.target)
     )
@@ -740,7 +752,7 @@ class State:
     def save(self, path: Path, data_digest: str) -> None:
         """Write the checkpoint. Raises Failure (1), or FloatingPointError for what is not finite."""
         check_finite(self)
-        content = {"format": FORMAT, "objective": self.objective.name, "config": asdict(self.config)}
+        content = {"format": FORMAT, "objective": self.objective.name, "config": self.config.saved()}
         content |= {"model": self.selected, "training": self.state_dict(), "data": data_digest}
         torch.save(content | {"made_with": made_with(self.device)}, file := io.BytesIO())
         write_file(path, file.getvalue())
@@ -763,7 +775,7 @@ def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -
     The block has a copy of W of its own, and sees nothing else of the network: no gradient goes further.
     """
     config, model, objective = state.config, state.model, state.objective
-    W = model.label_embedding.weight.detach().clone().requires_grad_(config.embedding != "fixed")
+    W = model.label_embedding.weight.detach().clone().requires_grad_(config.learns_embedding)
 
     def draw(purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
         return send(kind(shape, generator=generator(config.seed, purpose, t, state.step)), image.device)
@@ -784,7 +796,7 @@ def train_blocks(state: State, image: Tensor, label: Tensor, lr: float, parallel
     steps = parallel(lambda t: train_block(state, t, image, label, lr), state.blocks)
     results, gradients = zip(*steps, strict=True)
     together = {name: pair for result in results for name, pair in result.items()}
-    return together, sum(gradients) if state.config.embedding != "fixed" else None
+    return together, sum(gradients) if state.config.learns_embedding else None
 
 
 def train_embedding(state: State, gradient: Tensor | None, lr: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -1074,12 +1086,15 @@ def read_digit(path: Path) -> Tensor:
     return torch.from_numpy((canvas * 255).round().astype(np.uint8))
 
 
-def print_classes(model: NoProp, pictures, read: Callable = read_digit, names=range(10)) -> int:
-    """Print the class of each picture file, with the three most probable; 2 if one can't be read, else 0."""
+def print_classes(ask: Callable[[Tensor], Tensor], pictures, read=read_digit, names=range(10)) -> int:
+    """Print the class of each picture file, with the three most probable; 2 if one can't be read, else 0.
+
+    ask: of images (N, C, H, W), their class probabilities (N, classes).
+    """
     code = 0
     for path in pictures:
         try:
-            probability = model.probabilities(read(path).unsqueeze(0))[0, -1]
+            [probability] = ask(read(path).unsqueeze(0))
         except Failure as failure:  # the others are answered all the same
             say(f"error: {failure}", file=sys.stderr)
             code = failure.code
@@ -1153,6 +1168,10 @@ def made_with(device: torch.device) -> dict[str, str]:
     return {"device": device.type, "chip": chip, "machine": platform.machine(), "torch": version("torch")}
 
 
+class FolderInUse(Failure):
+    """Another run writes into the output folder."""
+
+
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other runs out while this lasts. Raises Failure."""
@@ -1162,7 +1181,7 @@ def output_folder(folder: Path) -> Iterator[None]:
         tempfile.TemporaryFile(dir=folder).close()
         lock.acquire()
     except Timeout as error:
-        raise Failure(f"another run writes into {folder}: choose another --output-dir") from error
+        raise FolderInUse(f"another run writes into {folder}: choose another --output-dir") from error
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         reason = getattr(error, "strerror", None) or error
         raise Failure(f"cannot write into --output-dir {folder}, or lock it: {reason}") from error
@@ -1193,8 +1212,8 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
             state.save(path, digest)
             bar.clear()
             say(epoch_line(record, state.config))
-            if not state.finished() and signalled():
-                raise KeyboardInterrupt(signalled())
+            if not state.finished() and (number := signalled()):
+                raise KeyboardInterrupt(number)
     except KeyboardInterrupt as interrupt:
         state.save(path, digest)
         bar.clear()
@@ -1210,7 +1229,7 @@ def epoch_line(record: dict[str, Any], config: Config) -> str:
     if record["val_accuracy"] is not None:
         accuracies = "validation {val_accuracy:.2f} %, test {test_accuracy:.2f} %  ".format(**record)
     return (
-        f"epoch {record['epoch']:>3}/{config.epochs}  loss of blocks {np.mean(losses):.4f}, "
+        f"epoch {record['epoch']:>3}/{config.epochs}  loss of blocks {np.mean(losses or [0]):.4f}, "
         f"classifier {record['classifier_loss']:.4f}  {accuracies}"
         f"lr {record['lr']:.6f}  {record['seconds']:.0f} s"
     )
@@ -1221,7 +1240,7 @@ def summarize(state: State, model: NoProp, data: Data, parallel: Callable) -> di
     val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
     return {
         "objective": state.objective.name,
-        "config": asdict(state.config),
+        "config": state.config.saved(),
         "device": str(state.device),
         "versions": made_with(state.device),
         "epochs": len(state.history),
@@ -1295,10 +1314,10 @@ def resume(state: State, content: dict[str, Any], path: Path, data: Data) -> Non
         say(f"It won't be exact to the bit: {content['made_with']} is now {made_with(state.device)}.")
 
 
-def run(state: State, data: Data, options: Options, content=None, step=train_step, agreed=lambda x: x) -> int:
+def run(state, data: Data, options: Options, content=None, step=train_step, agreed=None, end=finish) -> int:
     """Train, evaluate, write all files; returns the exit code. content: of a checkpoint, to go on from.
 
-    agreed makes, of a function that tells the signal that has come, what several processes agree on.
+    agreed makes, of the function that tells the signal that has come, what several processes agree on.
     """
     started, path = time.perf_counter(), options.output_dir / CHECKPOINT.format(state.objective.name)
     with output_folder(options.output_dir), caught_signals() as signalled:
@@ -1308,9 +1327,8 @@ def run(state: State, data: Data, options: Options, content=None, step=train_ste
             keep_older(path)
         weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
         say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {images:,} images")
-        code = train_and_save(state, data, options, step, agreed(signalled))
-        drawn = finish(state, data, options, started)
-    return code or drawn
+        code = train_and_save(state, data, options, step, agreed(signalled) if agreed else signalled)
+        return end(state, data, options, started) | code
 
 
 # --- Search ------------------------------------------------------------------------------------------------
@@ -1348,7 +1366,7 @@ class Search:
             storage=storage, study_name="noprop", load_if_exists=True, pruner=pruner
         )
         searched, space = suggest(probe := optuna.create_study().ask()), probe.distributions
-        settings = asdict(replace(config, epochs=options.hpo_epochs))
+        settings = replace(config, epochs=options.hpo_epochs).saved()
         common = {name: value for name, value in settings.items() if name not in searched}
         common |= {f"range of {name}": str(bounds) for name, bounds in space.items()}
         common = json.loads(json.dumps(common | {"hpo_objective": options.hpo_objective}))
@@ -1435,7 +1453,7 @@ class Search:
         say(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
         say(*(self.describe(trial) for trial in best), sep="\n")
         say("± is the standard error on the validation images: smaller differences are noise.")
-        settings = asdict(self.config) | best[0].user_attrs["settings"]
+        settings = self.config.saved() | best[0].user_attrs["settings"]
         write_file(self.options.output_dir / "hpo_best.json", json.dumps(settings, indent=1).encode())
         for what in ("history", "slices") + ("importance",) * (len(complete) >= 8):  # which takes so many
             picture(draw_search, self.options.output_dir / f"hpo_{what}.png", self, what)
@@ -1525,7 +1543,7 @@ def begun(path: Path, config: Config) -> dict[str, Any] | None:
     """The contents of a checkpoint of just this config, to go on from; None if there is none."""
     with suppress(Failure):
         content = read_checkpoint(path)
-        return content if content["config"] == asdict(config) else None
+        return content if content["config"] == config.saved() else None
     return None
 
 
@@ -1584,12 +1602,12 @@ class Command:
     options: Options
 
 
-def parse(start: Any, arguments: list[str], **more) -> Any:
+def parse(start: Any, arguments: list[str], prog: str = "noprop_example.py", **more) -> Any:
     """A dataclass like start, with what the command line changes; exits with 2 for what it can't read."""
     import tyro
 
     flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(type(start), args=arguments, default=start, prog="noprop_example.py", config=flat, **more)
+    return tyro.cli(type(start), args=arguments, default=start, prog=prog, config=flat, **more)
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, Any] | None]:
@@ -1609,6 +1627,8 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
         refuse_contradictions(config, start, options, path)
         return config, options, content
     if options.resume:
+        if others := [x.name for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1]:
+            raise Failure(f"{others[0]} is of the lab: python -m noprop_lab train --resume")
         say(f"Nothing to resume at {path}: starting from the beginning.")
     try:
         preset = {"default": Config, "accurate": Config.accurate, "reference": Config.reference}[
@@ -1627,8 +1647,8 @@ def refuse_contradictions(config: Config, start: Config, options: Options, path:
     given |= {"config": options.config} if options.config else {}
     for name in given:
         raise Failure(f"--{name} {given[name]}: the settings are those of {path}, leave it out")
-    saved = asdict(start)
-    for name, value in asdict(config).items():
+    saved = start.saved()
+    for name, value in config.saved().items():
         if value != saved[name] and (name not in free or (name == "epochs" and value < saved[name])):
             flag = f"--{name.replace('_', '-')} {value}"
             raise Failure(f"{flag} contradicts {path}, which has {saved[name]}: leave it out")
@@ -1644,7 +1664,7 @@ def execute(arguments: list[str]) -> int:
         return run(State(config, device), load_data(config, options.data_root, device), options, content)
     model = place(network_of(content, build(config), options.evaluate or options.predict[0]), device)
     if options.predict:
-        return print_classes(model, options.predict[1:])
+        return print_classes(lambda x: model.probabilities(x)[:, -1], options.predict[1:])
     test = load_data(config, options.data_root, device).test
     with workers(device, options.threads) as parallel:
         accuracy = evaluate(model, test, config, parallel)["accuracy"][-1]
@@ -1677,6 +1697,8 @@ def console(function: Callable[[], int] = main) -> int:
         stream.reconfigure(errors="backslashreplace")
     try:
         return function()
+    except BrokenPipeError:  # of the help text, which tyro prints
+        return 0
     finally:
         say(end="")  # what is left goes out now, and where nobody reads it, without a complaint
 

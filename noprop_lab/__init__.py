@@ -1,0 +1,15 @@
+"""The lab beside noprop_example.py: other objectives and data sets, and blocks spread over processes.
+
+It imports the script, which never imports it. python -m noprop_lab --help names the commands.
+
+    settings.py   Config and Options of the lab: the script's, and what it does not know
+    dt.py         the paper's own objective, NoProp-DT, and its block
+    backprop.py   the twin: the same chain, trained end to end
+    data.py       Fashion-MNIST, KMNIST, CIFAR, folders of pictures
+    pictures.py   a user's pictures as a data set has its own
+    parts.py      blocks that are trained alone, and put together
+    parallel.py   blocks spread over processes, by torchrun
+    search.py     several workers, on several machines
+    early_exit.py an image leaves the chain once the answer is sure
+    __main__.py   the commands
+"""

@@ -1,0 +1,255 @@
+"""The commands of the lab: python -m noprop_lab train | evaluate | predict | merge | search"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import noprop_example as noprop
+from noprop_example import CHECKPOINT, Failure, NoProp, reverse_steps, say
+from noprop_lab import backprop, parallel, parts
+from noprop_lab import search as hpo
+from noprop_lab.data import class_folders, load_data
+from noprop_lab.dt import DTConfig
+from noprop_lab.early_exit import early_exit
+from noprop_lab.networks import CONFIGS, LabState, config_of, embedding_from, network_of
+from noprop_lab.pictures import read_picture
+from noprop_lab.settings import SOURCES, LabConfig, LabOptions
+
+USAGE = """usage: python -m noprop_lab COMMAND ...
+
+    train [flags]                     train; under torchrun, blocks are spread over its processes
+    evaluate CHECKPOINT [flags]       test accuracy of a trained network
+    predict CHECKPOINT PICTURES ...   classes of pictures
+    merge CHECKPOINTS ... [flags]     put separately trained blocks together
+    search [flags]                    one worker of a search for hyperparameters, then a run with the best
+
+    COMMAND --help lists the flags; --objective dt --help those of an objective."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """NoProp's other objectives and data sets, and blocks spread over processes."""
+
+    config: LabConfig
+    options: LabOptions
+
+
+def translated(command: str, arguments: list[str]) -> list[str]:
+    """The flags that say what a command and its files mean."""
+    return {"search": ["--run-hpo"]}.get(command, [f"--{command}"] * (command != "train")) + arguments
+
+
+def read_command_line(
+    command: str, arguments: list[str]
+) -> tuple[LabConfig, LabOptions, dict[str, Any] | None]:
+    """Flags win over --config, over --preset, over a data set's settings; or over what a checkpoint holds."""
+    parse = partial(noprop.parse, prog=f"python -m noprop_lab {command}")
+    helped = bool({"--help", "-h"} & set(arguments))
+    plain = [x for x in arguments if x not in ("--help", "-h")]
+    options, rest = parse(LabOptions(), translated(command, plain), return_unknown_args=True)
+    if helped:
+        parse(Command(CONFIGS[options.objective or "hybrid"](), LabOptions()), ["--help"])
+    path = checkpoint_of(options)
+    if options.evaluate or options.predict or (options.resume and path.exists()):
+        content = noprop.read_checkpoint(path)
+        start = config_of(content, path)
+        config = parse(start, rest)
+        refuse_contradictions(config, start, options, path, arguments)
+        return config, options, content
+    if options.resume:
+        say(f"Nothing to resume at {path}: starting from the beginning.")
+    start = start_of(options)
+    return parse(start, rest), options, None
+
+
+def checkpoint_of(options: LabOptions) -> Path:
+    """The checkpoint that is read, or written."""
+    if options.evaluate or options.predict:
+        return options.evaluate or options.predict[0]
+    found = [x for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1]
+    if options.resume and not options.objective and found:
+        if len(found) > 1:
+            names = ", ".join(x.stem.removeprefix("noprop_") for x in found)
+            raise Failure(f"{options.output_dir} has several runs: add --objective, one of {names}")
+        return found[0]
+    objective = options.objective or ("dt" if options.preset == "paper" else "hybrid")
+    return options.output_dir / CHECKPOINT.format(objective)
+
+
+def start_of(options: LabOptions) -> LabConfig:
+    """The config that flags change: of an objective, a preset, a data set, a file."""
+    kind = CONFIGS[options.objective or ("dt" if options.preset == "paper" else "hybrid")]
+    if options.preset == "paper" and kind is not DTConfig:
+        raise Failure("--preset paper is a setting of --objective dt")
+    given = noprop.read_settings(options.config)
+    dataset = options.dataset or given.get("dataset", "mnist")
+    try:
+        start, plain = (kind if options.preset == "default" else getattr(kind, options.preset))(), kind()
+        own = (
+            SOURCES[dataset].settings if dataset in SOURCES else {"classes": class_folders(options.data_root)}
+        )
+        settings = {name: x for name, x in own.items() if getattr(start, name) == getattr(plain, name)}
+        settings |= given | {"dataset": dataset}
+        settings |= {"embedding": "fixed"} if options.embedding_from else {}
+        settings |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
+        settings |= {"step_threads": options.threads} if kind is backprop.BackpropConfig else {}
+        return replace(start, **settings)
+    except (TypeError, ValueError) as error:
+        raise Failure(f"cannot use these settings: {error}") from error
+
+
+def refuse_contradictions(config, start, options: LabOptions, path: Path, arguments: list[str]) -> None:
+    """Raise Failure for a flag that says something else than the checkpoint, and is not free to do so."""
+    noprop.refuse_contradictions(config, start, options, path)
+    given = {"dataset": options.dataset, "blocks": options.blocks, "embedding_from": options.embedding_from}
+    if options.objective:
+        given["objective"] = options.objective
+    if "--threads" in {x.split("=")[0] for x in arguments} and options.resume:
+        given["step_threads"] = options.threads
+    held = {"objective": next(name for name, kind in CONFIGS.items() if type(start) is kind)}
+    for name, value in given.items():
+        there = held.get(name, getattr(start, name, None if name == "embedding_from" else value))
+        if value is not None and value != there:
+            flag = name.replace("_", "-").replace("step-threads", "threads")
+            raise Failure(f"--{flag} {value} contradicts {path}, which has {there}: leave it out")
+
+
+# --- Commands ----------------------------------------------------------------------------------------------
+
+
+def train(
+    config: LabConfig, options: LabOptions, content: dict[str, Any] | None, device: torch.device
+) -> int:
+    """Train, evaluate, write all files; returns the exit code."""
+    if options.embedding_from and config.embedding != "fixed":
+        raise Failure("--embedding-from freezes the embedding that it takes: leave --embedding out")
+    embedding = embedding_from(options.embedding_from, config) if options.embedding_from else None
+    data = load_data(config, options.data_root, device)
+    end = parts.end_of_part if config.blocks else noprop.finish
+    _, size = parallel.rank_and_size()
+    if size > 1:
+        if isinstance(config, backprop.BackpropConfig):
+            raise Failure("backprop trains all blocks as one network: start it without torchrun")
+        state = parallel.SharedState(config, device, data, embedding)
+        return parallel.run(state, data, options, content, end)
+    state = LabState(config, device, data, embedding)
+    return noprop.run(state, data, options, content, step_of(config), end=end)
+
+
+def step_of(config: LabConfig) -> Callable:
+    return backprop.train_step if isinstance(config, backprop.BackpropConfig) else noprop.train_step
+
+
+def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torch.device) -> int:
+    """Print the test accuracy of a trained network, with the temperature and weights of the config."""
+    test = load_data(config, options.data_root, device).test
+    model.steps = reverse_steps(model.alpha_bar, config.weights == "equal")
+    if options.early_exit < 1:
+        if config.temperature:
+            raise Failure("--early-exit does not sample: it takes --temperature 0")
+        probability, blocks = early_exit(model, test.images, options.early_exit)
+        accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
+        say(f"Early exit: {blocks.float().mean():.2f} of {len(model.blocks)} blocks an image.")
+    else:
+        with noprop.workers(device, options.threads) as pool:
+            accuracy = noprop.evaluate(model, test, config, pool)["accuracy"][-1]
+    say(f"Test accuracy {accuracy:.2f} ± {noprop.standard_error(accuracy, len(test.labels)):.2f} %.")
+    return 0
+
+
+def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
+    """Print the class of each picture file."""
+
+    def probability(images: Tensor) -> Tensor:
+        return early_exit(model, images, options.early_exit)[0]
+
+    names = config.classes or range(config.num_classes)
+    return noprop.print_classes(probability, options.predict[1:], partial(read_picture, config=config), names)
+
+
+def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
+    """One worker of a search, then a run with the best settings; returns the exit code."""
+    data = load_data(config, options.data_root, device)
+
+    def new_state(config: LabConfig) -> LabState:
+        return LabState(config, device, data)
+
+    def run(config: LabConfig, content: dict[str, Any] | None) -> int:
+        return noprop.run(new_state(config), data, options, content, step_of(config))
+
+    return hpo.search(config, options, data, new_state, run, step_of(config))
+
+
+def merge(arguments: list[str]) -> int:
+    """Put separately trained blocks together, evaluate, write all files; returns the exit code."""
+    options, rest = noprop.parse(
+        LabOptions(), arguments, "python -m noprop_lab merge", return_unknown_args=True
+    )
+    flags = [x for x in rest if x.startswith("-")]
+    if flags:
+        raise Failure(f"merge takes no {flags[0]}: settings are those of the parts")
+    return parts.merge([Path(x) for x in rest], options, load_data, noprop.pick_device(options))
+
+
+def execute(arguments: list[str]) -> int:
+    """Do what the command line asks for; returns the exit code."""
+    command, *rest = arguments or ["--help"]
+    if command not in ("train", "evaluate", "predict", "merge", "search"):
+        say(USAGE, file=sys.stdout if command in ("--help", "-h") else sys.stderr)
+        return 0 if command in ("--help", "-h") else 2
+    with parallel.processes(), told_once():
+        if parallel.rank_and_size()[1] > 1 and command != "train":
+            raise Failure("torchrun is for training: start this without it")
+        if command == "merge":
+            return merge(rest)
+        config, options, content = parallel.on_first(read_command_line, command, rest)
+        device = parallel.pick_device(options)
+        if command == "train":
+            return train(config, options, content, device)
+        if command == "search":
+            return search(config, options, device)
+        model = network_of(content, config, checkpoint_of(options), device)
+        return (
+            evaluate(model, config, options, device)
+            if command == "evaluate"
+            else predict(model, config, options)
+        )
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Wrong input is the same for all processes of torchrun: one of them tells."""
+    try:
+        yield
+    except Failure as failure:
+        if failure.code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from failure
+        raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code, see noprop_example.guarded()."""
+    return noprop.guarded(execute, sys.argv[1:] if arguments is None else arguments)
+
+
+def console() -> int:
+    """main() at a terminal."""
+    code = noprop.console(main)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # a thread of gloo that still holds a tensor while Python ends would abort it: pytorch/pytorch#179291
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -1,0 +1,66 @@
+"""The twin: the same chain of blocks, trained end to end through all reverse steps by cross-entropy.
+
+With --num-blocks 1 it is a plain CNN of one block's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from noprop_example import CPU, State, generator, send
+from noprop_lab.dt import seed_dropout
+from noprop_lab.settings import LabConfig
+
+
+@dataclass(frozen=True)
+class BackpropConfig(LabConfig):
+    """What decides the result; it is saved with the network. For backpropagation through the chain."""
+
+    step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
+
+    WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.step_threads < 1:
+            raise ValueError(f"step_threads must be at least 1, not {self.step_threads}")
+        if self.blocks or self.temperature or self.classify == "z":
+            raise ValueError("backprop trains all blocks as one: leave out blocks, temperature, classify z")
+
+
+class Backprop:
+    """It has no losses of blocks."""
+
+    name = "backprop"
+
+    def __init__(self, config: BackpropConfig):
+        self.config = config
+
+
+def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:
+    """A step of the twin: {part: (loss, gradient norm)}; the one loss is that of the classifier."""
+    config, model, zero = state.config, state.model, torch.zeros((), device=image.device)
+    for t, block in enumerate(model.blocks, start=1):
+
+        def draw(purpose: str, shape: torch.Size, kind=torch.randn, t=t) -> Tensor:
+            return send(kind(shape, generator=generator(config.seed, purpose, t, state.step)), image.device)
+
+        seed_dropout(block, draw)
+    before, short = torch.get_num_threads(), config.precision == "bfloat16"
+    if image.device == CPU:  # blocks wait for each other: all cores on each of them
+        torch.set_num_threads(config.step_threads)
+    try:
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
+            logits = model(image)[:, -1]
+        loss = F.cross_entropy(logits.float(), label)
+        loss.backward()
+        through_w = config.target == "classes" and config.learns_embedding
+        names = [name for name in state.parts if name != "label_embedding" or through_w]
+        norms = {name: state.update(name, lr) for name in names}
+    finally:
+        torch.set_num_threads(before)
+    return {name: (loss.detach() if name == "classifier" else zero, norm) for name, norm in norms.items()}

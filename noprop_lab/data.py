@@ -1,0 +1,156 @@
+"""Data sets beside MNIST: those of torchvision, and folders of pictures."""
+
+from __future__ import annotations
+
+import getpass
+import gzip
+import hashlib
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from noprop_example import CPU, Data, Failure, Split, augment, read_mnist, send, split_data
+from noprop_lab.pictures import read_picture
+from noprop_lab.settings import LabConfig
+
+MD5 = {  # of the unpacked files, in the order of noprop_example.MD5; KMNIST's are those of its packed files
+    "FashionMNIST": (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
+    )
+}
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data:
+    """The three splits of the config's data set. Raises Failure."""
+    name = config.source.name
+    if config.dataset == "folder":
+        train, test = read_folder(root, config)
+    elif "cifar" in config.dataset:
+        train, test = read_cifar(root, name)
+    else:
+        train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
+    data = split_data(train, test, config, device)
+    return data._replace(augment=augment_or_mirror) if config.augment and config.source.flip else data
+
+
+def augment_or_mirror(images: Tensor, noise: torch.Generator) -> Tensor:
+    """augment(), and half of the images mirrored left to right."""
+    mirrored = send(torch.rand(len(images), 1, 1, 1, generator=noise), images.device) < 0.5
+    return augment(torch.where(mirrored, images.flip(3), images), noise)
+
+
+def read_like_mnist(root: Path, name: str) -> tuple[Split, Split]:
+    """A set in MNIST's format, in root itself or in root/NAME/raw, packed or not. Raises Failure."""
+    folder = root / name / "raw"
+    for place in (folder, root):
+        if all((place / file).exists() or (place / f"{file}.gz").exists() for file in FILES):
+            folder = place
+            break
+    else:
+        files = ", ".join(f"{file}.gz" for file in FILES)
+        download(name, root, f"put {files} into {folder}")
+    sums = MD5.get(name) or known_when_packed(name, folder)
+    return read_mnist(folder, dict(zip(FILES, sums, strict=True)))
+
+
+def known_when_packed(name: str, folder: Path) -> list[str]:
+    """Of a set whose unpacked md5 is not known: from the packed files, which torchvision knows.
+
+    An unpacked file, or one that was packed anew, can't be checked, and is refused: Failure.
+    """
+    from torchvision import datasets
+
+    known, sums = dict(getattr(datasets, name).resources), []
+    for file in FILES:
+        path = folder / f"{file}.gz"
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != known[path.name]:
+            raise Failure(f"{path} is missing or damaged: put the packed file of the {name} authors there")
+        try:
+            sums.append(hashlib.md5(gzip.decompress(content), usedforsecurity=False).hexdigest())
+        except (OSError, EOFError, zlib.error) as error:
+            raise Failure(f"{path} is damaged: put a fresh copy in its place") from error
+    return sums
+
+
+def user() -> str:
+    """Who runs this: a name, or a number where there is none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def download(name: str, root: Path, otherwise: str) -> list:
+    """Training and test set as torchvision has them, downloaded if need be. Raises Failure."""
+    from torchvision import datasets
+
+    try:
+        with FileLock(Path(tempfile.gettempdir()) / f"noprop_{name}_{user()}.lock"):  # others wait
+            return [getattr(datasets, name)(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        bad = f"{root} has no good {name}, which can't be downloaded ({reason})"
+        raise Failure(f"{bad}: {otherwise}") from error
+
+
+def read_cifar(root: Path, name: str) -> tuple[Split, Split]:
+    """Training and test images of CIFAR-10 or CIFAR-100. Raises Failure."""
+    archive = "cifar-10-python.tar.gz" if name == "CIFAR10" else "cifar-100-python.tar.gz"
+    sets = download(name, root, f"put {archive} there")
+    return tuple(
+        Split(torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(x.targets))
+        for x in sets
+    )
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the classes of a folder of pictures: its subfolders, or those of its subfolder train."""
+    train = root / "train" if (root / "train").is_dir() else root
+    names = sorted(path.name for path in train.iterdir() if path.is_dir()) if train.is_dir() else []
+    if len(names) < 2:
+        raise Failure(f"--data-root {root} must hold a folder of pictures for each class, two at least")
+    return tuple(names)
+
+
+def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
+    """Pictures in root/CLASS, or in root/train/CLASS and root/test/CLASS. Raises Failure.
+
+    Where there is no test folder, a picture is for testing if the hash of its name says so, which is true of
+    a sixth: so it stays one when others are added.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    def for_testing(name: str) -> bool:
+        return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).digest()[0] % 6 == 0
+
+    def read(folder: Path, testing: bool | None = None) -> Split:
+        try:
+            found = make_dataset(str(folder), {x: i for i, x in enumerate(config.classes)}, IMG_EXTENSIONS)
+        except (OSError, ValueError) as error:
+            raise Failure(f"cannot read the pictures in {folder}: {str(error).splitlines()[0]}") from error
+        found = [(Path(path), label) for path, label in found]
+        found = [x for x in found if testing in (None, for_testing(x[0].relative_to(folder).as_posix()))]
+        if len(found) < 10:
+            raise Failure(f"{folder} has too few pictures: {len(found)} of at least 10")
+        images = torch.stack([read_picture(path, config) for path, _ in found])
+        return Split(images, torch.tensor([label for _, label in found]))
+
+    train = root / "train" if (root / "train").is_dir() else root
+    if train != root and (root / "test").is_dir():
+        return read(train), read(root / "test")
+    return read(train, testing=False), read(train, testing=True)

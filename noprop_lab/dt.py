@@ -1,0 +1,185 @@
+"""NoProp-DT, the paper's own objective (arXiv 2503.24322, equation 8), its block, and its embeddings.
+
+Here û = softmax(f) W; a block's loss is T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² with SNR = ᾱ/(1-ᾱ); the
+classifier reads z_T; a KL term holds z_0 to the noise; inference samples (τ = 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from noprop_example import (
+    DenoisingBlockPaper,
+    Failure,
+    Hybrid,
+    NoProp,
+    Split,
+    clean_label,
+    cosine_schedule,
+    noisy_label,
+    to_float,
+)
+from noprop_lab.settings import LabConfig
+
+
+@dataclass(frozen=True)
+class DTConfig(LabConfig):
+    """What decides the result; it is saved with the network. For NoProp-DT."""
+
+    target: Literal["label", "noise", "classes"] = "classes"  # a block computes û, ε̂, or softmax(f) W
+    classify: Literal["u_hat", "z"] = "z"  # what the classifier reads: û_T, or z_T
+    eta_loss_weight: float = 0.1  # η
+    weights: Literal["equal", "ddpm"] = "ddpm"  # with which the blocks' û enter z_t in inference
+    temperature: float = 1.0  # τ of inference: 0 follows the mean of each step, 1 samples
+
+    WITHOUT_EFFECT = ("lambda_global",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eta_loss_weight == 0:
+            raise ValueError("the weight of the blocks' loss is 0: they would learn nothing")
+
+    @classmethod
+    def paper(cls, **changes) -> DTConfig:
+        """The paper's whole setting for MNIST; meant for a GPU. Neither of our clips is the paper's."""
+        recipe = dict(epochs=100, patience=100, batch_size=128, block="paper", lr=1e-3, schedule="constant")
+        recipe |= dict(ema_decay=0.0, augment=False, embed_wd=1e-3, max_norm_embed=1e9, grad_clip=1e9)
+        return cls(**recipe | changes)
+
+
+# --- Objectives --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabHybrid(Hybrid):
+    """The script's objective, for blocks with dropout too, and a classifier that may read z_T."""
+
+    config: LabConfig | None = None
+
+    def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
+        seed_dropout(block, draw)
+        return super().block_loss(block, t, alpha_bar, image, label, W, draw)
+
+    def head_loss(self, classifier, u_hat, label, W, draw) -> Tensor:
+        return F.cross_entropy(classifier(classified(self.config, u_hat, label, W, draw)), label)
+
+
+@dataclass(frozen=True)
+class DT:
+    """The objective of NoProp-DT. Cross-entropy and KL term enter once a step, in block T's update."""
+
+    config: DTConfig
+    name = "dt"
+
+    def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
+        """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t; and û (B, D). Arguments: see Hybrid.block_loss()."""
+        seed_dropout(block, draw)
+        level, u = alpha_bar[t - 1].item(), F.embedding(label, W)
+        z = noisy_label(u, draw("noise", u.shape), level)
+        u_hat = clean_label(z, block(image, z, level, W), level)
+        rise = (alpha_bar / (1 - alpha_bar)).diff()[t - 1].item()
+        weight = (len(alpha_bar) - 1) / 2 * self.config.eta_loss_weight * rise
+        return weight * (u_hat - u).square().sum(1).mean(), u_hat
+
+    def head_loss(self, classifier, u_hat, label, W, draw) -> Tensor:
+        """Cross-entropy of the classifier, plus KL(q(z_0 | y) ‖ N(0, I))."""
+        logits = classifier(classified(self.config, u_hat, label, W, draw))
+        level = cosine_schedule(self.config.num_blocks)[0].item()
+        return F.cross_entropy(logits, label) + kl_to_noise(F.embedding(label, W), level)
+
+
+def classified(config: LabConfig, u_hat: Tensor, label: Tensor, W: Tensor, draw) -> Tensor:
+    """What the classifier reads in training, (B, D): û_T, or a z_T drawn from q(z_T | y)."""
+    if config.classify == "u_hat":
+        return u_hat
+    u = F.embedding(label, W)
+    return noisy_label(u, draw("z_T", u.shape), cosine_schedule(config.num_blocks)[-1].item())
+
+
+def kl_to_noise(u: Tensor, alpha_bar: float) -> Tensor:
+    """KL(q(z_0 | y) ‖ N(0, I)) at ᾱ_0 = alpha_bar, mean over the batch of u (B, D). Equation 8."""
+    dim = u.shape[1]
+    return 0.5 * (alpha_bar * u.square().sum(1).mean() - dim * alpha_bar - dim * math.log(1 - alpha_bar))
+
+
+class ReadsZ(NoProp):
+    """A network whose classifier reads z_T, as in the paper."""
+
+    def classify(self, u_hat: Tensor, z: Tensor) -> Tensor:
+        return self.classifier(z)
+
+
+# --- The paper's block -------------------------------------------------------------------------------------
+
+
+class Dropout(nn.Module):
+    """Dropout whose draws have an address, see seed_dropout()."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.draw = p, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (self.draw(x.shape, torch.rand) >= self.p) / (1 - self.p)
+
+
+def seed_dropout(block: nn.Module, draw) -> None:
+    """Give each dropout layer of a block the draws of this step: draw(purpose, shape, kind)."""
+    layers = [module for module in block.modules() if isinstance(module, Dropout)]
+    for i, layer in enumerate(layers):
+        layer.draw = lambda shape, kind, i=i: draw(f"dropout {i}", shape, kind)
+
+
+class Residual(nn.Sequential):
+    """x + f(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class PaperBlock(DenoisingBlockPaper):
+    """The paper's own block for MNIST: 2.0 M parameters."""
+
+    def __init__(self, image_shape=(1, 28, 28), embed_dim=20, num_classes=10, target="classes"):
+        nn.Module.__init__(self)
+        self.target, layers, channels = target, [], image_shape[0]
+        for width, pool in ((32, True), (64, False), (128, True)):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if pool else []
+            layers += [Dropout(0.2)]
+            channels = width
+        features = channels * (image_shape[1] // 4) * (image_shape[2] // 4)
+        self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 256), nn.BatchNorm1d(256))
+
+        def full(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+
+        skipped = Residual(*full(256, 256), nn.Linear(256, 256), nn.BatchNorm1d(256))
+        self.label = nn.Sequential(*full(embed_dim, 256), skipped)
+        outputs = num_classes if target == "classes" else embed_dim
+        self.head = nn.Sequential(*full(512, 256), *full(256, 128), nn.Linear(128, outputs))
+
+
+# --- The paper's embeddings --------------------------------------------------------------------------------
+
+
+def prototypes(split: Split, classes: int) -> Tensor:
+    """Of each class the image, (classes, C·H·W) in [0, 1], whose median distance to the others is smallest.
+
+    The paper's "prototype" embedding, which is learned from there. Raises Failure for a class without images.
+    """
+    chosen = []
+    for label in range(classes):
+        images = to_float(split.images[split.labels == label]).flatten(1)
+        if not len(images):
+            raise Failure(f"--embedding prototype needs images of each class: class {label} has none")
+        chosen.append(images[torch.cdist(images, images).median(1).values.argmin()])
+    return torch.stack(chosen)

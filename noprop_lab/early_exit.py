@@ -1,0 +1,31 @@
+"""Early exit: an image leaves the chain once the answer is sure. Most images need one block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from noprop_example import NoProp
+
+
+@torch.inference_mode()
+def early_exit(model: NoProp, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Class probabilities (N, classes), and how many blocks each image went through, (N,).
+
+    An image leaves once a class is more probable than threshold. images: see NoProp.probabilities(), whose
+    ValueErrors are raised here too. Nothing is sampled: τ = 0.
+    """
+    answers, blocks = [], []
+    for image in model.batches(images):
+        z, inside = model.start(image), torch.arange(len(image), device=image.device)
+        answer, used = image.new_empty(len(image), model.classifier.out_features), torch.zeros_like(inside)
+        for t in range(1, len(model.blocks) + 1):
+            u_hat, z = model.step(t, image, z)
+            answer[inside] = probability = model.classify(u_hat, z).softmax(-1)
+            used[inside] = t
+            stay = probability.amax(-1) <= threshold
+            inside, image, z = inside[stay], image[stay], z[stay]
+            if not len(inside):
+                break
+        answers, blocks = [*answers, answer], [*blocks, used]
+    return torch.cat(answers), torch.cat(blocks)

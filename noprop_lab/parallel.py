@@ -1,0 +1,196 @@
+"""Blocks spread over processes, which torchrun starts: each trains its share of the blocks on all images.
+
+A step sends the gradient of the label embedding, 800 bytes, and nothing at all where that is fixed. The first
+process evaluates, draws and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import noprop_example as noprop
+from noprop_example import CHECKPOINT, Data, Failure, Options
+from noprop_lab.networks import LabState
+from noprop_lab.parts import part_names
+
+CONTROL_STEPS = 10  # the processes agree so often whether to save or to stop
+SAVE = 100  # above the number of any signal
+GONE = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|not connected|socket", re.IGNORECASE)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Where torchrun has started several processes: connect them. Raises Failure (1) if one is missing."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends again what the terminal has sent to all
+        signal.signal(number, signal.SIG_IGN)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    except RuntimeError as error:
+        raise Failure(f"the processes did not find each other: {str(error).splitlines()[0]}", 1) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def collective(call: Callable, *arguments) -> None:
+    """A collective of torch.distributed; raises Failure (1), which names a process that is gone as such."""
+    if dist.is_initialized():
+        try:
+            call(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if GONE.search(reason):
+                raise Failure("another process of this run is gone: --resume goes on", 1) from error
+            raise Failure(f"the processes could not talk: {reason}", 1) from error
+
+
+def on_first(function: Callable, *arguments) -> Any:
+    """What function returns in the first process, in all of them; where it fails, all of them fail."""
+    outcome: list[Any] = [None, None]
+    if rank_and_size()[0] == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except (Failure, FloatingPointError, SystemExit) as error:
+            outcome[1] = error
+    collective(dist.broadcast_object_list, outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def pick_device(options: Options) -> torch.device:
+    """A GPU for each process of a machine, or the CPU for all. Raises Failure."""
+    if "LOCAL_RANK" in os.environ and options.device in ("auto", "cuda") and torch.cuda.is_available():
+        gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise Failure(f"there are {gpus} GPUs: start so many processes at most, or add --device cpu")
+        options = replace(options, device=f"cuda:{number}")
+    return noprop.pick_device(options)
+
+
+class SharedState(LabState):
+    """A state whose blocks are spread over processes; gather() brings everything to the first."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        rank, size = rank_and_size()
+        if size > len(self.blocks):
+            raise Failure(f"{size} processes for {len(self.blocks)} blocks: start at most one a block")
+        self.blocks = self.blocks[rank::size]
+
+    def load_state_dict(self, state: dict[str, Any], selected: dict[str, Tensor]) -> None:
+        super().load_state_dict(state, selected)
+        if rank_and_size()[0]:  # the log of an epoch is a sum over processes
+            self.log = [torch.zeros_like(row) for row in self.log]
+
+    def gather(self) -> None:
+        """Bring what each process has trained, and the log of this epoch, to the first process."""
+        rank, size = rank_and_size()
+        names = part_names(self.blocks, self.config.num_blocks)
+        sent = tree_map_only(Tensor, Tensor.cpu, ({name: self.part_state(name) for name in names}, self.log))
+        received: list[Any] | None = [None] * size if rank == 0 else None
+        collective(dist.gather_object, sent, received)
+        if received is None:
+            self.log = [torch.zeros_like(row) for row in self.log]
+            return
+        for parts, _ in received[1:]:
+            for name, states in parts.items():
+                self.load_part_state(name, states)
+        self.log = [sum(rows).to(self.device) for rows in zip(*(log for _, log in received), strict=True)]
+
+    def measure(self, data: Data, parallel: Callable) -> dict[str, Any]:
+        self.gather()
+        return on_first(super().measure, data, parallel)
+
+    def save(self, path: Path, data_digest: str) -> None:
+        self.gather()
+        on_first(super().save, path, data_digest)
+
+
+def train_step(state: SharedState, image: Tensor, label: Tensor, lr: float, parallel: Callable = map) -> dict:
+    """A step of this process's blocks, and, alike in all processes, of the embedding."""
+    results, gradient = noprop.train_blocks(state, image, label, lr, parallel)
+    if gradient is not None:
+        collective(dist.all_reduce, gradient)
+    return results | noprop.train_embedding(state, gradient, lr)
+
+
+def agreement(
+    state: SharedState, data: Data, options: Options, signalled: Callable[[], int]
+) -> Callable[[], int]:
+    """What all agree on, every CONTROL_STEPS steps: the signal that one of them has got, or to save."""
+    path, digest = options.output_dir / CHECKPOINT.format(state.objective.name), data.digest()
+    steps, due = 0, time.monotonic() + 60 * options.checkpoint_minutes
+
+    def agreed() -> int:
+        nonlocal steps, due
+        steps += 1
+        if steps % CONTROL_STEPS:
+            return 0
+        wish = torch.tensor(signalled() or SAVE * (time.monotonic() > due))
+        collective(dist.all_reduce, wish, dist.ReduceOp.MAX)
+        if wish == SAVE:
+            state.save(path, digest)
+            due = time.monotonic() + 60 * options.checkpoint_minutes
+        return int(wish) % SAVE
+
+    return agreed
+
+
+def run(state: SharedState, data: Data, options: Options, content: dict[str, Any] | None, end) -> int:
+    """noprop_example.run() in the first process; the others train along, and print nothing."""
+    often = replace(options, checkpoint_minutes=math.inf)  # the processes save when they agree to
+    started = False
+
+    def start(signalled: Callable[[], int]) -> Callable[[], int]:
+        nonlocal started
+        started = True
+        on_first(tuple)  # the others wait for this, or for the failure before it
+        return agreement(state, data, options, signalled)
+
+    if rank_and_size()[0] == 0:
+        try:
+            return noprop.run(state, data, often, content, train_step, start, end)
+        except Failure as failure:
+            if not started:
+                collective(dist.broadcast_object_list, [None, failure])  # as on_first() does
+            raise
+    on_first(tuple)
+    if content:
+        state.load_state_dict(content["training"], content["model"])
+    with open(os.devnull, "w") as silence, noprop.caught_signals() as signalled:
+        sys.stdout = silence
+        try:
+            return noprop.train_and_save(
+                state, data, often, train_step, agreement(state, data, options, signalled)
+            )
+        finally:
+            sys.stdout = sys.__stdout__

@@ -1,0 +1,97 @@
+"""Blocks that are trained alone, on machines that never talk, and put together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import noprop_example as noprop
+from noprop_example import CHECKPOINT, Data, Failure, Options, State, say
+from noprop_lab.networks import LabState, build, config_of
+from noprop_lab.settings import LabConfig
+
+
+def part_names(blocks: list[int], num_blocks: int) -> list[str]:
+    """Names of the parts that are trained where these blocks are: the classifier goes with block T."""
+    return [f"blocks.{t - 1}" for t in blocks] + ["classifier"] * (num_blocks in blocks)
+
+
+def end_of_part(state: State, data: Data, options: Options, started: float) -> int:
+    """What stands in the place of finish() where blocks are missing."""
+    path = options.output_dir / CHECKPOINT.format(state.objective.name)
+    say(f"Blocks {state.config.blocks} are in {path}; python -m noprop_lab merge puts parts together.")
+    return 0
+
+
+def merge(paths: list[Path], options: Options, load_data, device: torch.device) -> int:
+    """Put separately trained blocks together, evaluate, write all files; returns the exit code.
+
+    Where the first file is a whole network, later ones take the place of its blocks.
+    """
+    started, contents = time.perf_counter(), [noprop.read_checkpoint(path) for path in paths]
+    configs = [config_of(*pair) for pair in zip(contents, paths, strict=True)]
+    for content, config, path in zip(contents, configs, paths, strict=True):
+        noprop.network_of(content, build(config), path)  # its weights fit
+    check_parts(paths, contents, configs)
+    whole, config = contents[0], replace(configs[0], blocks=None)
+    for part, other in zip(contents[1:], configs[1:], strict=True):
+        put_in(whole, part, part_names(other.own_blocks, other.num_blocks), exchange=not configs[0].blocks)
+    data = load_data(config, options.data_root, device)
+    with noprop.output_folder(options.output_dir):
+        state = LabState(config, device)
+        path = options.output_dir / CHECKPOINT.format(state.objective.name)
+        noprop.keep_older(path)
+        state.load_state_dict(whole["training"], whole["model"])
+        state.save(path, data.digest())
+        return noprop.finish(state, data, options, started)
+
+
+def put_in(whole: dict[str, Any], part: dict[str, Any], names: list[str], exchange: bool) -> None:
+    """Put parts of one checkpoint into another; their losses too, where both were trained alike."""
+    mine, more = whole["training"], part["training"]
+    inside = tuple(f"{name}." for name in names)
+    whole["model"].update({key: x for key, x in part["model"].items() if key.startswith(inside)})
+    mine["parts"].update({name: more["parts"][name] for name in names})
+    if not exchange:
+        mine["log"] = [a + b for a, b in zip(mine["log"], more["log"], strict=True)]
+        for a, b in zip(mine["history"], more["history"], strict=True):
+            a["block_losses"] = np.add(a["block_losses"], b["block_losses"]).tolist()
+            a["classifier_loss"] += b["classifier_loss"]
+
+
+def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list[LabConfig]) -> None:
+    """Raise Failure where checkpoints do not belong together.
+
+    All blocks must be there once, trained alike on the same images; but where the first file is a whole
+    network, later ones take the place of its blocks, and need only fit.
+    """
+    exchange, first = not configs[0].blocks, configs[0]
+    fitting = {"dataset", "image_size", "classes", "classify", "num_blocks", "dim", "block", "target"}
+    names = fitting if exchange else set(vars(first)) - {"blocks", "embed_dim"} | {"dim"}
+    if len(configs) < 2:
+        raise Failure("merge takes two checkpoints at least")
+    for path, content, config in zip(paths, contents, configs, strict=True):
+        if content["objective"] != contents[0]["objective"] and not exchange:
+            raise Failure(f"{path} and {paths[0]} differ in their objective")
+        for name in sorted(names):
+            here, there = (getattr(x, name) for x in (config, first))
+            if here != there:
+                raise Failure(f"{path} and {paths[0]} differ in {name}: {here} and {there}")
+        if not torch.equal(*(x["model"]["label_embedding.weight"] for x in (content, contents[0]))):
+            raise Failure(f"{path} and {paths[0]} have different label embeddings")
+        if not exchange and content["data"] != contents[0]["data"]:
+            raise Failure(f"{path} and {paths[0]} were trained on other images")
+        if not exchange and content["training"]["step"] != contents[0]["training"]["step"]:
+            raise Failure(f"{path} and {paths[0]} were not trained equally long: --resume goes on")
+    for t in range(1, first.num_blocks + 1):
+        pairs = list(zip(paths, configs, strict=True))[exchange:]
+        files = [str(path) for path, config in pairs if t in config.own_blocks]
+        if len(files) > 1:
+            raise Failure(f"block {t} is in {' and in '.join(files)}")
+        if not files and not exchange:
+            raise Failure(f"no file has block {t}")

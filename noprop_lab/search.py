@@ -1,0 +1,116 @@
+"""What Optuna does not do by itself: workers that share a search, on one machine or several.
+
+Each worker is the same command. SQLite in the output folder serves a handful on one machine; a database URL
+(PostgreSQL) serves several machines. A worker that gives no sign of life for a minute has lost its trial,
+which is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from filelock import FileLock
+from optuna.exceptions import UpdateFinishedTrialError
+
+import noprop_example as noprop
+from noprop_example import CHECKPOINT, Data, Failure, FolderInUse, Search, say
+from noprop_lab.settings import LabConfig, LabOptions
+
+HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
+
+
+def url_of(options: LabOptions):
+    """The database: SQLite in the output folder, unless one is named. Raises Failure for no URL."""
+    from sqlalchemy import URL, make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        if options.hpo_storage:
+            return make_url(options.hpo_storage)
+    except ArgumentError as error:
+        raise Failure(f"--hpo-storage is no URL of a database: {options.hpo_storage}") from error
+    return URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
+
+
+def storage_of(options: LabOptions, heartbeat: int, grace: int):
+    """Optuna's storage, in which a trial shows every so many seconds that its worker is alive."""
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+
+    url = url_of(options)
+    waits = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
+    return RDBStorage(
+        url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+        engine_kwargs=waits,
+        heartbeat_interval=heartbeat,
+        grace_period=grace,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
+    )
+
+
+def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
+    """The script's search space, without the settings that an objective does not know."""
+
+    def suggest(trial) -> dict[str, Any]:
+        found = noprop.suggest(trial)
+        return {name: value for name, value in found.items() if name not in config.WITHOUT_EFFECT}
+
+    return suggest
+
+
+class Worker(Search):
+    """One of several workers of a search."""
+
+    number = None  # of the trial that it runs
+
+    def run(self) -> None:
+        """Run trials until the study has enough, whoever ran them. Raises KeyboardInterrupt at a signal."""
+        while True:
+            try:
+                return super().run()
+            except (ValueError, UpdateFinishedTrialError):  # Optuna raises either
+                if self.study.trials[self.number].state.name != "FAIL":
+                    raise
+                say("A trial of this worker was taken for dead, and is run by another.")
+
+    def trial(self, trial) -> float:
+        self.number = trial.number
+        return super().trial(trial)
+
+
+def search(
+    config: LabConfig,
+    options: LabOptions,
+    data: Data,
+    new_state: Callable,
+    run: Callable[[LabConfig, dict[str, Any] | None], int],
+    step: Callable = noprop.train_step,
+    suggest: Callable | None = None,
+    heartbeat: tuple[int, int] = (HEARTBEAT_SECONDS, GRACE_SECONDS),
+) -> int:
+    """One worker's search; one of the workers then trains, by run(config, contents of a checkpoint or None).
+
+    Returns the exit code.
+    """
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"cannot write into --output-dir {options.output_dir}: {error.strerror}") from error
+    where = url_of(options).render_as_string()  # without a password
+    with noprop.caught_signals() as signalled:
+        with noprop.database_failures(where, 2), FileLock(options.output_dir / ".noprop_hpo.lock"):
+            storage = storage_of(options, *heartbeat)  # the lock: two at once would make the tables twice
+            worker = Worker(config, options, data, new_state, step, suggest or space_of(config), storage)
+        with noprop.database_failures(where, 1):
+            best, code = noprop.search(worker, signalled)
+    if code or not options.hpo_final_run:
+        return code
+    say("\nTraining with the best settings.")
+    final = replace(config, **best)
+    name = CHECKPOINT.format(worker.new_state(final).objective.name)
+    try:
+        return run(final, noprop.begun(options.output_dir / name, final))
+    except FolderInUse:
+        say("Another process trains in this folder already, so this one is done.")
+        return 0

@@ -1,0 +1,132 @@
+"""Config and Options of the lab: those of the script, and what it does not know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from noprop_example import Config, Options
+
+
+class Source(NamedTuple):
+    """A data set."""
+
+    name: str  # of its class in torchvision.datasets
+    classes: int
+    shape: tuple[int, int, int]  # channels, height, width
+    flip: bool  # whether a mirror image is as good
+    settings: dict[str, Any] = {}  # its own defaults
+
+
+DEEP = {"block": "deep", "epochs": 30}
+SOURCES = {  # only MNIST is measured
+    "mnist": Source("MNIST", 10, (1, 28, 28), False),
+    "fashion_mnist": Source("FashionMNIST", 10, (1, 28, 28), True, DEEP | {"epochs": 24}),
+    "kmnist": Source("KMNIST", 10, (1, 28, 28), False),
+    "cifar10": Source("CIFAR10", 10, (3, 32, 32), True, DEEP),
+    "cifar100": Source("CIFAR100", 100, (3, 32, 32), True, DEEP),
+}
+Dataset = Literal["mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "folder"]
+
+
+@dataclass(frozen=True)
+class LabConfig(Config):
+    """What decides the result; it is saved with the network. For the hybrid loss, the script's."""
+
+    embed_dim: int | None = None  # D, of the label embedding; None: 20, or as many as classes
+    block: Literal["small", "deep", "reference", "paper"] = "small"  # paper: the paper's own, 2.0 M weights
+    embedding: Literal["learned", "fixed", "onehot", "prototype"] = "learned"  # prototype: an image a class
+    classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
+    image_size: int = 32  # of --dataset folder: pictures are scaled to squares of this size, in colour
+    classes: tuple[str, ...] = ()  # of --dataset folder: its subfolders to tell apart; none named: all
+    dataset: tyro.conf.Suppress[Dataset] = "mnist"  # this and the next: see LabOptions
+    blocks: tyro.conf.Suppress[str | None] = None
+
+    WITHOUT_EFFECT = ()  # settings that the objective does not know
+
+    def __post_init__(self):
+        """Raises ValueError for what does not go together."""
+        object.__setattr__(self, "classes", tuple(self.classes))  # a list where it comes from a file
+        super().__post_init__()
+        if self.embed_dim not in (None, self.dim):
+            raise ValueError(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
+        if self.image_size < 28:
+            raise ValueError(f"image_size must be at least 28, not {self.image_size}")
+        if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes are those of dataset folder, each of them once")
+        for field in fields(self):
+            if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} has no effect on this objective: leave it out")
+        if not all(1 <= t <= self.num_blocks for t in self.own_blocks):
+            raise ValueError(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
+        if len(set(self.own_blocks)) < max(1, len(self.own_blocks)):
+            raise ValueError(f"blocks must name blocks, each of them once, not {self.blocks}")
+
+    @property
+    def dim(self) -> int:
+        """D, which some embeddings decide themselves."""
+        own = {"onehot": self.num_classes, "prototype": math.prod(self.image_shape)}
+        return own.get(self.embedding) or self.embed_dim or max(20, self.num_classes)
+
+    @property
+    def learns_embedding(self) -> bool:
+        return self.embedding in ("learned", "prototype")
+
+    @property
+    def source(self) -> Source:
+        if self.dataset == "folder":
+            return Source("", len(self.classes), (3, self.image_size, self.image_size), True)
+        return SOURCES[self.dataset]
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.source.shape
+
+    @property
+    def own_blocks(self) -> list[int]:
+        """The blocks that this run trains, 1 ... T; raises ValueError where blocks can't be read."""
+        spans = [x.split("-") for x in (self.blocks or f"1-{self.num_blocks}").split(",")]
+        if not all(x.isdecimal() for span in spans for x in span) or any(len(span) > 2 for span in spans):
+            raise ValueError(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
+        last = self.num_blocks + 1  # is out of range, and enough of it
+        return [t for span in spans for t in range(int(span[0]), min(int(span[-1]), last) + 1)]
+
+    def saved(self) -> dict[str, Any]:
+        """The script's fields, and of the lab's those that say something: the script reads what it knows."""
+        ours = {"classify": "u_hat", "image_size": 32, "classes": (), "dataset": "mnist", "blocks": None}
+        whole = asdict(self) | {"embed_dim": self.dim}
+        kept = {name: x for name, x in whole.items() if name not in ours or x != ours[name]}
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in kept.items()}
+
+
+@dataclass(frozen=True)
+class LabOptions(Options):
+    """What to do, where and how."""
+
+    preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
+    objective: Literal["hybrid", "dt", "backprop"] | None = None  # dt: the paper's; backprop: end to end
+    dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
+    blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for merge
+    embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
+    early_exit: float = 1.0  # evaluate, predict: an image leaves the chain once a class is more probable
+    hpo_storage: str | None = None  # search: a database URL for several machines; None: noprop_hpo.db
+    evaluate: tyro.conf.Suppress[Path | None] = None  # these three are commands of the lab
+    predict: tyro.conf.Suppress[tuple[Path, ...]] = ()
+    run_hpo: tyro.conf.Suppress[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.early_exit <= 1:
+            raise ValueError(f"early_exit must be above 0, at most 1, not {self.early_exit}")
+        if self.early_exit < 1 and not (self.evaluate or self.predict):
+            raise ValueError("early_exit goes with evaluate or predict")
+        if self.blocks and (self.run_hpo or self.evaluate or self.predict):
+            raise ValueError(f"search, evaluate and predict take all blocks, not {self.blocks} alone")
