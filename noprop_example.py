@@ -1249,7 +1249,7 @@ def summarize(state: State, model: NoProp, data: Data, parallel: Callable) -> di
         "seconds": state.seconds,
         "val_accuracy": val["accuracy"][-1],
         "test_accuracy": test["accuracy"][-1],
-        "best_test_accuracy": max((x["test_accuracy"] for x in state.history), default=math.nan),
+        "best_test_accuracy": max([x["test_accuracy"] or 0 for x in state.history] + test["accuracy"][-1:]),
         "test_images": len(data.test.labels),
         "test_accuracy_by_blocks": test["accuracy"],
         "test_accuracy_average": test["average"],
@@ -1345,148 +1345,13 @@ def suggest(trial) -> dict[str, Any]:
     }
 
 
-class Search:
-    """An Optuna search, in SQLite, whose transactions survive a kill -9. No trial sees a test image.
-
-    new_state(config) makes what a trial trains. Raises Failure where the database holds a search of another
-    space or with other settings.
-    """
-
-    def __init__(self, config, options, data, new_state, step=train_step, suggest=suggest, storage=None):
-        import optuna
-
-        self.config, self.options, self.data = config, options, data._replace(test=None)
-        self.new_state, self.step, self.suggest = new_state, step, suggest
-        self.signalled: Callable[[], int] = lambda: 0
-        optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the script prints its own lines
-        warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the config as it is
-        storage = storage or sqlite(options.output_dir / "noprop_hpo.db")
-        pruner = optuna.pruners.MedianPruner()  # learning curves keep their order: docs/search.md
-        self.study = optuna.create_study(
-            storage=storage, study_name="noprop", load_if_exists=True, pruner=pruner
-        )
-        searched, space = suggest(probe := optuna.create_study().ask()), probe.distributions
-        settings = replace(config, epochs=options.hpo_epochs).saved()
-        common = {name: value for name, value in settings.items() if name not in searched}
-        common |= {f"range of {name}": str(bounds) for name, bounds in space.items()}
-        common = json.loads(json.dumps(common | {"hpo_objective": options.hpo_objective}))
-        if "settings" not in self.study.user_attrs:
-            self.study.set_user_attr("settings", common)  # what all trials have in common
-            first = {
-                k: settings[k] for k in space if settings[k] in getattr(space[k], "choices", [settings[k]])
-            }
-            self.study.enqueue_trial(first)
-        there = self.study.user_attrs["settings"]
-        for name in there | common:
-            if there.get(name) != common.get(name):
-                found = f"the search found there has {name} {there.get(name)}, not {common.get(name)}"
-                raise Failure(f"{found}: go on with that, or choose another --output-dir")
-
-    def trials(self, *states: str) -> list:
-        """The trials in these states; those that count are COMPLETE or PRUNED."""
-        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in states]
-
-    def run(self) -> None:
-        """Run the trials that are missing. Raises KeyboardInterrupt when a signal has come."""
-        import optuna
-
-        deadline = time.monotonic() + (self.options.hpo_timeout or math.inf)
-        missing = True
-        while missing and time.monotonic() < deadline:
-            # seeded by the number of the trial: a search that goes on proposes what it would have proposed
-            address = self.config.seed, "search", len(self.study.get_trials(deepcopy=False))
-            self.study.sampler = optuna.samplers.TPESampler(seed=generator(*address).initial_seed() % 2**32)
-            self.study.optimize(self.trial, n_trials=1, callbacks=[self.print_trial])
-            missing = len(self.trials("COMPLETE", "PRUNED")) < self.options.hpo_trials
-
-    def trial(self, trial) -> float:
-        """The objective: a short training. One that diverges counts as stopped early."""
-        import optuna
-
-        def after_step() -> None:
-            if number := self.signalled():
-                self.study.enqueue_trial(trial.params)  # to be run again
-                raise KeyboardInterrupt(number)
-
-        settings, by_loss = self.suggest(trial), self.options.hpo_objective == "loss"
-        trial.set_user_attr("settings", settings)
-        try:
-            config = replace(self.config, epochs=self.options.hpo_epochs, **settings)
-        except (TypeError, ValueError) as error:
-            raise Failure(f"suggest() proposes what is no setting: {error}") from error
-        try:
-            state = self.new_state(config)
-            for record in train(state, self.data, self.step, self.options.threads, after_step):
-                trial.set_user_attr("record", record)
-                cost = record["val_loss"] if by_loss else 100 - record["val_accuracy"]
-                trial.report(cost, record["epoch"])
-                if not math.isfinite(cost) or (record["epoch"] < config.epochs and trial.should_prune()):
-                    raise optuna.TrialPruned
-        except FloatingPointError as error:
-            raise optuna.TrialPruned from error
-        return cost
-
-    def print_trial(self, study, trial) -> None:
-        """A line about a trial that has ended, and the time left."""
-        done, others = self.trials("COMPLETE", "PRUNED"), self.trials("RUNNING")
-        seconds = sum(x.duration.total_seconds() for x in done) / max(1, len(done))
-        minutes = max(0, seconds * (self.options.hpo_trials - len(done)) / (1 + len(others)) / 60)
-        stopped = f"stopped after epoch {trial.last_step}, " if trial.state.name == "PRUNED" else ""
-        count = f"{len(done):>3}/{self.options.hpo_trials}"
-        say(f"{count}  {stopped}{self.describe(trial)}  about {minutes:.0f} min left")
-
-    def describe(self, trial) -> str:
-        """Number, result and settings of a trial."""
-        result, record = "diverged", trial.user_attrs.get("record")
-        if record:
-            error = standard_error(record["val_accuracy"], len(self.data.val.labels))
-            result = f"validation {record['val_accuracy']:.2f} ± {error:.2f} %, loss {record['val_loss']:.4f}"
-        settings = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
-        return f"trial {trial.number:>2}: {result}; {', '.join(settings)}"
-
-    def report(self) -> dict[str, Any]:
-        """Print the best trials, write hpo_best.json and hpo_*.png; returns the best settings, or {}."""
-        complete, stopped = self.trials("COMPLETE"), self.trials("PRUNED")
-        best = sorted(complete, key=lambda trial: trial.value)[:5]
-        if not best:
-            return {}
-        say(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
-        say(*(self.describe(trial) for trial in best), sep="\n")
-        say("± is the standard error on the validation images: smaller differences are noise.")
-        settings = self.config.saved() | best[0].user_attrs["settings"]
-        write_file(self.options.output_dir / "hpo_best.json", json.dumps(settings, indent=1).encode())
-        for what in ("history", "slices") + ("importance",) * (len(complete) >= 8):  # which takes so many
-            picture(draw_search, self.options.output_dir / f"hpo_{what}.png", self, what)
-        say("Files    hpo_best.json (for --config), hpo_*.png")
-        return best[0].user_attrs["settings"]
-
-
-def draw_search(search: Search, what: str):
-    """One of Optuna's pictures: the trials one after another, by each setting, or which setting decides."""
-    import optuna
-    from optuna.visualization import matplotlib as plots
-
-    warnings.simplefilter("ignore")  # about ranges of a single value
-    plot = {"history": plots.plot_optimization_history, "slices": plots.plot_slice}.get(what)
-    if plot:
-        axes = np.ravel(plot(search.study, target_name=f"validation {search.options.hpo_objective}"))
-        for x in axes:
-            x.set_yscale("log")
-        return axes[0].figure
-    quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-    axes = plots.plot_param_importances(search.study, evaluator=quarter)
-    axes.set_title("Importance for being in the best quarter of the trials", loc="left")
-    return axes.figure
-
-
 def sqlite(path: Path):
-    """Optuna's storage in an SQLite file."""
+    """Optuna's storage in an SQLite file, whose transactions survive a kill -9."""
     from optuna.storages import RDBStorage
     from sqlalchemy import URL
 
     url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
-    waits = {"connect_args": {"timeout": 60}}  # seconds, for another process's transaction
-    return RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=waits)  # it fills in templates
+    return RDBStorage(url.replace("{", "{{").replace("}", "}}"))  # it fills in templates
 
 
 @contextmanager
@@ -1501,42 +1366,147 @@ def database_failures(where: str | Path, code: int) -> Iterator[None]:
         raise Failure(f"{where}: {str(error.__cause__ or error).splitlines()[0]}", code) from error
 
 
+class Search:
+    """An Optuna search; its first trial has the settings given, and none sees a test image.
+
+    new_state(config) makes what a trial trains. Raises Failure where the storage holds another search.
+    """
+
+    def __init__(self, config, options, data, new_state, step=train_step, suggest=suggest, storage=None):
+        import optuna
+
+        self.config, self.options, self.data = config, options, data._replace(test=None)
+        self.new_state, self.step, self.suggest, self.signalled = new_state, step, suggest, lambda: 0
+        optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the script prints its own lines
+        warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
+        self.study = optuna.create_study(
+            storage=storage or sqlite(options.output_dir / "noprop_hpo.db"),
+            study_name="noprop",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(),  # learning curves keep their order: docs/search.md
+        )
+        searched, space = suggest(probe := optuna.create_study().ask()), probe.distributions
+        settings = replace(config, epochs=options.hpo_epochs).saved()
+        common = {name: value for name, value in settings.items() if name not in searched}
+        common |= {f"range of {name}": str(bounds) for name, bounds in space.items()}
+        common = json.loads(json.dumps(common | {"hpo_objective": options.hpo_objective}))
+        there = self.study.user_attrs.get("settings")
+        if there is None:
+            there = common
+            self.study.set_user_attr("settings", common)
+            fitting = {
+                k: settings[k]
+                for k, x in space.items()
+                if settings[k] in getattr(x, "choices", [settings[k]])
+            }
+            self.study.enqueue_trial(fitting)
+        for name in there | common:
+            if there.get(name) != common.get(name):
+                found = f"the search found there has {name} {there.get(name)}, not {common.get(name)}"
+                raise Failure(f"{found}: go on with that, or choose another --output-dir")
+
+    def trials(self, *states: str) -> list:
+        """The trials in these states; those that count are COMPLETE or PRUNED."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in states]
+
+    def run(self) -> None:
+        """Run the trials that are missing. Raises KeyboardInterrupt when a signal has come."""
+        import optuna
+
+        deadline = time.monotonic() + (self.options.hpo_timeout or math.inf)
+        while (
+            len(self.trials("COMPLETE", "PRUNED")) < self.options.hpo_trials and time.monotonic() < deadline
+        ):
+            # seeded by the number of the trial: a search that goes on proposes what it would have proposed
+            address = self.config.seed, "search", len(self.study.get_trials(deepcopy=False))
+            self.study.sampler = optuna.samplers.TPESampler(seed=generator(*address).initial_seed() % 2**32)
+            self.study.optimize(self.trial, n_trials=1, callbacks=[lambda _, trial: say(self.line(trial))])
+
+    def trial(self, trial) -> float:
+        """The objective: a short training. One that diverges counts as stopped early."""
+        import optuna
+
+        def after_step() -> None:
+            if number := self.signalled():
+                self.study.enqueue_trial(trial.params)  # to be run again
+                raise KeyboardInterrupt(number)
+
+        trial.set_user_attr("settings", settings := self.suggest(trial))
+        try:
+            config = replace(self.config, epochs=self.options.hpo_epochs, **settings)
+        except (TypeError, ValueError) as error:
+            raise Failure(f"suggest() proposes what is no setting: {error}") from error
+        try:
+            for record in train(
+                self.new_state(config), self.data, self.step, self.options.threads, after_step
+            ):
+                trial.set_user_attr("record", record)
+                by_loss, error = self.options.hpo_objective == "loss", 100 - record["val_accuracy"]
+                trial.report(cost := record["val_loss"] if by_loss else error, record["epoch"])
+                if not math.isfinite(cost) or (record["epoch"] < config.epochs and trial.should_prune()):
+                    raise optuna.TrialPruned
+        except FloatingPointError as error:
+            raise optuna.TrialPruned from error
+        return cost
+
+    def line(self, trial) -> str:
+        """Number, result and settings of a trial that has ended."""
+        record, pruned = trial.user_attrs.get("record"), trial.state.name == "PRUNED"
+        result = (
+            f"stopped after epoch {trial.last_step}: " if pruned and record else "" if record else "diverged"
+        )
+        if record:
+            error = standard_error(record["val_accuracy"], len(self.data.val.labels))
+            result += (
+                f"validation {record['val_accuracy']:.2f} ± {error:.2f} %, loss {record['val_loss']:.4f}"
+            )
+        settings = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+        done = f"{len(self.trials('COMPLETE', 'PRUNED')):>3}/{self.options.hpo_trials}"
+        return f"{done}  trial {trial.number:>2}: {result}; {', '.join(settings)}"
+
+    def report(self) -> dict[str, Any]:
+        """Print the five best trials, write hpo_best.json; returns the best settings. Or a Failure."""
+        complete, stopped = self.trials("COMPLETE"), self.trials("PRUNED")
+        if not complete:
+            raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
+        best = sorted(complete, key=lambda trial: trial.value)[:5]
+        say(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
+        say(*map(self.line, best), "± is the standard error: smaller differences are noise.", sep="\n")
+        settings = self.config.saved() | best[0].user_attrs["settings"]
+        write_file(self.options.output_dir / "hpo_best.json", json.dumps(settings, indent=1).encode())
+        return best[0].user_attrs["settings"]
+
+
 def search(worker: Search, signalled: Callable[[], int]) -> tuple[dict[str, Any], int]:
     """Run the trials that are missing, and report: the best settings, and the exit code."""
-    worker.signalled, code, options = signalled, 0, worker.options
-    done = len(worker.trials("COMPLETE", "PRUNED"))
-    trials = f"{options.hpo_trials} trials of {options.hpo_epochs} epochs, the first with the settings given"
-    say(f"Search: {trials}; {done} are done.")
+    worker.signalled, options = signalled, worker.options
+    done, epochs = len(worker.trials("COMPLETE", "PRUNED")), options.hpo_epochs
+    say(f"Search: {options.hpo_trials} trials of {epochs} epochs, the first as given; {done} are done.")
     try:
         worker.run()
     except KeyboardInterrupt as interrupt:
-        code = 128 + (interrupt.args or [signal.SIGINT])[0]
         say("Stopped. The same command goes on.")
-    best = worker.report()
-    if not best and not code:
-        raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
-    return best, code
+        best = worker.report() if worker.trials("COMPLETE") else {}
+        return best, 128 + (interrupt.args or [signal.SIGINT])[0]
+    return worker.report(), 0
 
 
 def search_and_train(config: Config, options: Options, device: torch.device) -> int:
     """Search, report, and train with the best settings; returns the exit code."""
-    from optuna.trial import TrialState
-
     data, new_state = load_data(config, options.data_root, device), partial(State, device=device)
     where, path = options.output_dir / "noprop_hpo.db", options.output_dir / CHECKPOINT.format(Hybrid.name)
     with output_folder(options.output_dir), caught_signals() as signalled:
         with database_failures(where, 2):
             worker = Search(config, options, data, new_state)
             for trial in worker.trials("RUNNING"):  # of a dead process: only this one may write here
-                worker.study.tell(trial.number, state=TrialState.FAIL)
+                worker.study.tell(trial.number, state=type(trial.state).FAIL)
                 worker.study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
         with database_failures(where, 1):
             best, code = search(worker, signalled)
     if code or not options.hpo_final_run:
         return code
     say("\nTraining with the best settings.")
-    config = replace(config, **best)
-    return run(new_state(config), data, options, begun(path, config))
+    return run(new_state(config := replace(config, **best)), data, options, begun(path, config))
 
 
 def begun(path: Path, config: Config) -> dict[str, Any] | None:
@@ -1549,35 +1519,26 @@ def begun(path: Path, config: Config) -> dict[str, Any] | None:
 
 # --- Main --------------------------------------------------------------------------------------------------
 
-MOVED = {  # flags and values of the lab, and its command
-    "--objective": "train",
-    "--dataset": "train",
-    "--image-size": "train",
-    "--classes": "train",
-    "--classify": "train",
-    "--blocks": "train",
-    "--embedding-from": "train",
-    "--preset paper": "train",
-    "--block paper": "train",
-    "--embedding onehot": "train",
-    "--embedding prototype": "train",
-    "--merge": "merge",
-    "--hpo-storage": "search",
-    "--early-exit": "evaluate",
+MOVED = {  # what is the lab's, by its command there
+    "train": "--objective --dataset --image-size --classes --classify --blocks --embedding-from "
+    "--preset=paper --block=paper --embedding=onehot --embedding=prototype",
+    "merge": "--merge",
+    "search": "--hpo-storage",
+    "evaluate": "--early-exit",
 }
 
 
 def refuse_moved(arguments: list[str]) -> None:
     """Raise Failure for what is the lab's, naming the command there."""
-    given = " ".join(arguments).replace("=", " ") + " "
-    found = [name for name in MOVED if f"{name} " in given]
-    if found:
-        command = "search" if "--run-hpo" in arguments else MOVED[found[-1]]
-        rest = [x for x in arguments if x not in ("--run-hpo", "--merge")]
-        for name in ("evaluate", "predict"):
-            if f"--{name}" in arguments:
-                command, rest = name, [x for x in rest if x != f"--{name}"]
-        raise Failure(f"{found[0]} is in the lab: python -m noprop_lab {command} {shlex.join(rest)}")
+    given = " ".join(arguments).replace("=", " ").replace("_", "-") + " "
+    for command, names in MOVED.items():
+        for name in names.split():
+            if f"{name.replace('=', ' ')} " in given:
+                asked = [x for x in ("evaluate", "predict") if f"--{x} " in given]
+                command = asked[0] if asked else "search" if "--run-hpo " in given else command
+                own = ("--run-hpo", "--merge", "--evaluate", "--predict")
+                rest = shlex.join(x for x in arguments if x not in own)
+                raise Failure(f"{name} is in the lab: python -m noprop_lab {command} {rest}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         raise Failure("this script is one process: torchrun --nproc-per-node N -m noprop_lab train")
 

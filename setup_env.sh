@@ -40,7 +40,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
     fi
     echo "Installing the requirements (about 6 GB with CUDA builds of torch; minutes) ..." >&2
     rm -f "$stamp"
-    "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 ||
+    # settings that send packages elsewhere are for other environments: pip refuses them in this one
+    env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PYTHONHOME -u PYTHONPATH \
+        "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 ||
         fail "the installation failed (see above); the next call tries again"
     printf '%s\n' "$wanted" >"$stamp" || fail "cannot write $stamp"
 fi

@@ -7,10 +7,12 @@ which is run again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 
@@ -59,6 +61,24 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     return suggest
 
 
+def draw_search(search: Search, what: str):
+    """One of Optuna's pictures: the trials one after another, by each setting, or which setting decides."""
+    import optuna
+    from optuna.visualization import matplotlib as plots
+
+    warnings.simplefilter("ignore")  # about ranges of a single value
+    plot = {"history": plots.plot_optimization_history, "slices": plots.plot_slice}.get(what)
+    if plot:
+        axes = np.ravel(plot(search.study, target_name=f"validation {search.options.hpo_objective}"))
+        for x in axes:
+            x.set_yscale("log")
+        return axes[0].figure
+    quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    axes = plots.plot_param_importances(search.study, evaluator=quarter)
+    axes.set_title("Importance for being in the best quarter of the trials", loc="left")
+    return axes.figure
+
+
 class Worker(Search):
     """One of several workers of a search."""
 
@@ -77,6 +97,15 @@ class Worker(Search):
     def trial(self, trial) -> float:
         self.number = trial.number
         return super().trial(trial)
+
+    def report(self) -> dict[str, Any]:
+        """And draw Optuna's pictures."""
+        best, folder = super().report(), self.options.output_dir
+        enough = len(self.trials("COMPLETE")) >= 8  # to tell which setting decides
+        for what in ("history", "slices", "importance")[: 3 if enough else 2]:
+            noprop.picture(draw_search, folder / f"hpo_{what}.png", self, what)
+        say("Files    hpo_best.json (for --config), hpo_*.png")
+        return best
 
 
 def search(

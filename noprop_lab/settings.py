@@ -118,9 +118,6 @@ class LabOptions(Options):
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
     early_exit: float = 1.0  # evaluate, predict: an image leaves the chain once a class is more probable
     hpo_storage: str | None = None  # search: a database URL for several machines; None: noprop_hpo.db
-    evaluate: tyro.conf.Suppress[Path | None] = None  # these three are commands of the lab
-    predict: tyro.conf.Suppress[tuple[Path, ...]] = ()
-    run_hpo: tyro.conf.Suppress[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
