@@ -67,7 +67,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 RUN_HPO = False  # what a bare call does. True: search hyperparameters with Optuna (--run-hpo); False: train.
-CPU = torch.device("cpu")
+CPU, BESIDE = torch.device("cpu"), Path(__file__).resolve().parent / "data"
 
 
 # --- Randomness --------------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ class Options:
     output_dir: Path = Path(".")  # folder for all that is written
     resume: bool = False  # go on from noprop_hybrid.pt in the output folder, exactly
     checkpoint_minutes: float = 10.0  # save after so many minutes inside an epoch too
-    data_root: Path = Path(__file__).resolve().parent / "data"  # holds MNIST/raw, with or without .gz
+    data_root: Path = BESIDE if BESIDE.is_dir() else Path("data")  # holds MNIST/raw, with or without .gz
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
     deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
@@ -600,10 +600,9 @@ def augment(images: Tensor, noise: torch.Generator) -> Tensor:
 
 def build(config: Config, blocks=BLOCKS, kind: type[NoProp] = NoProp) -> NoProp:
     """The untrained network of a config."""
+    block = partial(blocks[config.block], target=config.target)
     sizes = config.num_blocks, config.num_classes, config.dim, config.image_shape
-    return kind(
-        *sizes, config.seed, config.weights == "equal", partial(blocks[config.block], target=config.target)
-    )
+    return kind(*sizes, config.seed, config.weights == "equal", block)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -622,9 +621,7 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     if device.type != "cpu":
         yield map
         return
-    if (
-        sys.platform == "linux"
-    ):  # have glibc keep freed memory, which each step would fault in: 10 % of its time
+    if sys.platform == "linux":  # glibc keeps freed memory, which each step would fault in: 10 % of its time
         with suppress(AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-3, 2**25), mallopt(-1, 2**30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -676,9 +673,7 @@ class State:
             self.tensors[name] = [averaged.detach(), *buffers[0]], [vector.detach(), *buffers[1]]
         self.step, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0
         self.embedding_norm_start = self.model.label_embedding.weight.norm(dim=1).mean().item()
-        self.log: list[
-            Tensor
-        ] = []  # of each step of this epoch: losses (of blocks, classifier), gradient norms
+        self.log: list[Tensor] = []  # a row a step of this epoch: losses, then gradient norms
         self.history: list[dict[str, Any]] = []
         self.selected = self.averaged.state_dict()
 
@@ -1271,9 +1266,7 @@ def matmul_peak(device: str, dtype: torch.dtype = torch.float32, size: int = 102
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     accuracy, chain, images = (summary[f"test_{x}"] for x in ("accuracy", "accuracy_by_blocks", "images"))
-    chosen = {"validation": "chosen on validation images", "last": "the last one"}[
-        summary["config"]["select"]
-    ]
+    chosen = "the last one" if summary["config"]["select"] == "last" else "chosen on validation images"
     say(f"""
 Test accuracy    {accuracy:.2f} ± {standard_error(accuracy, images):.2f} % (± for {images:,} images)
 Weights          epoch {summary["selected_epoch"]}, {chosen}
@@ -1293,9 +1286,8 @@ def finish(state: State, data: Data, options: Options, started: float) -> int:
     with workers(state.device, options.threads) as parallel:
         summary = summarize(state, model, data, parallel)
     summary["seconds_total"] = time.perf_counter() - started
-    _, results, progress, denoising = (
-        options.output_dir / name.format(state.objective.name) for name in OUTPUTS
-    )
+    files = (options.output_dir / name.format(state.objective.name) for name in OUTPUTS)
+    _, results, progress, denoising = files
     write_file(results, json.dumps(summary, indent=1).encode())
     print_summary(summary, options.output_dir)
     return picture(draw_progress, progress, summary) | picture(draw_denoising, denoising, model, data.test)
@@ -1584,35 +1576,39 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     if options.evaluate or options.predict or (options.resume and path.exists()):
         content = read_checkpoint(path)
         start = config_of(content, path)
-        config = parse(start, rest)
-        refuse_contradictions(config, start, options, path)
+        config, free = parse(start, rest), ("temperature", "weights") if options.evaluate else ("epochs",)
+        refuse_contradictions(config, start, start_of(options), free if not options.predict else (), path)
         return config, options, content
     if options.resume:
         if others := [x.name for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1]:
             raise Failure(f"{others[0]} is of the lab: python -m noprop_lab train --resume")
         say(f"Nothing to resume at {path}: starting from the beginning.")
+    return parse(start_of(options), rest), options, None
+
+
+def start_of(options: Options) -> Config:
+    """What flags change: the settings of --config over those of --preset. Raises Failure."""
+    preset = Config if options.preset == "default" else getattr(Config, options.preset)
     try:
-        preset = {"default": Config, "accurate": Config.accurate, "reference": Config.reference}[
-            options.preset
-        ]
-        start = preset(**read_settings(options.config))
+        return preset(**read_settings(options.config))
     except (TypeError, ValueError) as error:
         raise Failure(f"cannot use the settings in {options.config}: {error}") from error
-    return parse(start, rest), options, None
 
 
-def refuse_contradictions(config: Config, start: Config, options: Options, path: Path) -> None:
-    """Raise Failure for a flag that says something else than the checkpoint, and is not free to do so."""
-    free = ("temperature", "weights") if options.evaluate else ("epochs",) if options.resume else ()
-    given = {"preset": options.preset} if options.preset != "default" else {}
-    given |= {"config": options.config} if options.config else {}
-    for name in given:
-        raise Failure(f"--{name} {given[name]}: the settings are those of {path}, leave it out")
-    saved = start.saved()
-    for name, value in config.saved().items():
-        if value != saved[name] and (name not in free or (name == "epochs" and value < saved[name])):
-            flag = f"--{name.replace('_', '-')} {value}"
-            raise Failure(f"{flag} contradicts {path}, which has {saved[name]}: leave it out")
+def refuse_contradictions(config: Config, saved: Config, implied: Config, free: tuple, path: Path) -> None:
+    """Raise Failure for a setting, by a flag or implied by another, that a checkpoint has otherwise.
+
+    Some are free to change; epochs may only grow.
+    """
+    plain = type(saved)()
+    for name, there in vars(saved).items():
+        wanted = [getattr(config, name)] + [getattr(implied, name)] * (
+            vars(implied)[name] != vars(plain)[name]
+        )
+        for value in wanted:
+            if value != there and (name not in free or (name == "epochs" and value < there)):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise Failure(f"{flag} contradicts {path}, which has {there}: leave it out")
 
 
 def execute(arguments: list[str]) -> int:

@@ -7,16 +7,16 @@
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
 
 Prints the plan and the time left; runs that are in runs/ below the current folder are not run again. Keeps
-the values of every seed in benchmarks/results/evidence-TABLE.json, draws evidence_TABLE.png, and puts both
-into EVIDENCE.md. The times are those of two cores.
+the values of every seed in benchmarks/results/evidence-TABLE.json, draws docs/img/evidence_TABLE.png, and
+puts both into docs/evidence.md. The times are those of two cores.
 """
 
 import argparse
-import copy
 import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.seeds import folder_of, inferred, mean, mean_and_error, run
 
-CPU, RESULTS = torch.device("cpu"), Path(__file__).parent / "results"
+RESULTS, DOCS = Path(__file__).parent / "results", Path(noprop.__file__).parent / "docs"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
 
 DT = "--objective=dt"
@@ -108,7 +108,7 @@ def headline(seeds: range) -> Rows:
         "epochs": "epochs",
         "seconds": "seconds",
     }
-    test = noprop.load_data(noprop.Config(), CPU).test
+    test = noprop.load_data(noprop.Config()).test
     rows: Rows = {}
     for name, of_one in run(HEADLINE, seeds).items():
         for x in of_one:
@@ -134,14 +134,21 @@ def accuracy(split: noprop.Split, answer: Callable[[Tensor, Tensor], Tensor]) ->
         return int((answer(noprop.to_float(images), labels).argmax(-1) == labels).sum())
 
     batches = list(zip(split.images.split(500), split.labels.split(500), strict=True))
-    with noprop.workers(CPU, torch.get_num_threads()) as parallel:
+    with noprop.workers(noprop.CPU, noprop.Options.threads) as parallel:
         return 100 * sum(parallel(right, batches)) / len(split.labels)
+
+
+def answer_of(model: noprop.NoProp, blocks, steps, images: Tensor, z: Tensor, *sampling) -> Tensor:
+    """Class logits (B, classes) after these blocks, in this order, at these steps, from z_0 = z."""
+    for block, step in zip(blocks, steps, strict=True):
+        u_hat, z = noprop.reverse_step(block, step, images, z, model.label_embedding.weight, *sampling)
+    return model.classify(u_hat, z)
 
 
 def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
     """Test accuracies of a trained network, used rightly and wrongly."""
     T, D, blocks, steps = len(model.blocks), model.label_embedding.embedding_dim, model.blocks, model.steps
-    fresh = noprop.NoProp(T, seed=99).eval().blocks  # untrained
+    fresh = noprop.place(noprop.build(replace(model.config, seed=99)), noprop.CPU).eval().blocks  # untrained
     ddpm = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
 
     def start(images: Tensor, scale: float = 0.0) -> Tensor:
@@ -149,8 +156,7 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         return scale * torch.randn(len(images), D, generator=noise)
 
     def chain(use, images: Tensor, z: Tensor | None = None, steps=steps) -> Tensor:
-        *_, (u_hat, _) = model.reverse_process(use, images, start(images) if z is None else z, steps)
-        return model.classifier(u_hat)
+        return answer_of(model, use, steps, images, start(images) if z is None else z)
 
     def alone(t: int, images: Tensor, z: Tensor) -> Tensor:
         return chain([blocks[t - 1]], images, z, steps[t - 1 : t])
@@ -201,7 +207,7 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
 
 def ladder(seeds: range) -> Rows:
     """What does the chain of blocks do? Networks of the default, used rightly and wrongly."""
-    test = noprop.load_data(noprop.Config(), CPU).test
+    test = noprop.load_data(noprop.Config()).test
     results = [ladder_of(model, test) for model in networks(seeds)]
     return {name: {"test accuracy": [result[name] for result in results]} for name in results[0]}
 
@@ -220,25 +226,19 @@ def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
         "BUG: blocks one level off (DDPM, τ = 1)": ([*blocks[1:], blocks[-1]], ddpm, 1.0),
         "BUG: levels in reverse (DDPM, τ = 1)": (blocks[::-1], ddpm, 1.0),
     }
-    found = {}
-    for name, (order, steps, tau) in variants.items():
-        other = copy.copy(model)
-        other.steps = steps
-        other.reverse_process = lambda _, *rest, order=order: model.reverse_process(order, *rest)
-        found[name] = accuracy(
-            val, lambda x, y, m=other, tau=tau: m(x, tau, noprop.generator("evidence"))[:, -1]
-        )
-    return found
+
+    def sample(blocks, steps, tau: float, images: Tensor) -> Tensor:
+        noise = noprop.generator("evidence")
+        return answer_of(model, blocks, steps, images, model.start(images, tau, noise), tau, noise)
+
+    return {name: accuracy(val, lambda x, y, how=how: sample(*how, x)) for name, how in variants.items()}
 
 
 def differences(columns: dict[str, list[float]]) -> Rows:
     """Validation accuracies by seed, each beside the first row's of the same seed."""
     base = next(iter(columns.values()))
     return {
-        name: {
-            "validation accuracy": values,
-            "Δ": [x - y for x, y in zip(values, base, strict=True)],
-        }
+        name: {"validation accuracy": values, "Δ": [x - y for x, y in zip(values, base, strict=True)]}
         for name, values in columns.items()
     }
 
@@ -251,7 +251,7 @@ def objectives(seeds: range) -> Rows:
 def ablation(seeds: range) -> Rows:
     """Which change matters? Each taken back alone: validation accuracy after two epochs, by seed."""
     columns = after_two_epochs(ABLATION, seeds)
-    val = noprop.load_data(noprop.Config(), CPU).val
+    val = noprop.load_data(noprop.Config()).val
     results = [inference(model, val) for model in networks(seeds, "--epochs=2")]
     return differences(columns | {name: [result[name] for result in results] for name in results[0]})
 
@@ -303,7 +303,7 @@ def markdown(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Rows, title: str, path: Path) -> None:
+def draw(rows: Rows, title: str):
     """A dot a seed, and mean ± standard error, a row a line; or the activations by T."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -350,15 +350,15 @@ def draw(rows: Rows, title: str, path: Path) -> None:
     axes.margins(x=0.08)
     axes.tick_params(axis="x", which="both", pad=4)
     figure.suptitle(title, fontsize=11)
-    noprop.save_figure(figure, path)
+    return figure
 
 
 def write_report(name: str, kept: dict) -> None:
-    """Put a table and its picture into EVIDENCE.md, between their marks."""
-    path = RESULTS.parents[1] / "EVIDENCE.md"
+    """Put a table and its picture into docs/evidence.md, between their marks."""
+    path = DOCS / "evidence.md"
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     made = f"`python benchmarks/evidence.py {kept['command']}`, PyTorch {kept['torch']}"
-    picture = f"![{TABLES[name].__doc__}](evidence_{name}.png)"
+    picture = f"![{TABLES[name].__doc__}](img/evidence_{name}.png)"
     content = f"{begin}{picture}\n\n{markdown(kept['rows'])}\n\n{made}\n{end}"
     text = re.sub(f"{begin}.*?{end}", lambda _: content, path.read_text(), flags=re.DOTALL)
     path.write_text(text)
@@ -378,9 +378,8 @@ def main() -> int:
     kept = {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"evidence-{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    draw(rows, TABLES[name].__doc__, RESULTS.parents[1] / f"evidence_{name}.png")
     write_report(name, kept)
-    return 0
+    return noprop.picture(draw, DOCS / "img" / f"evidence_{name}.png", rows, TABLES[name].__doc__)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/parallel.py            about ten minutes on two cores
 
-Every figure is of one epoch of the real script on MNIST, default settings, its evaluation left out; times are
+Every figure is of one epoch of the real lab on MNIST, default settings, its evaluation left out; times are
 medians of interleaved rounds. Prints a Markdown table and writes benchmarks/results/parallel-MACHINE.json.
 """
 
@@ -22,12 +22,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from noprop_lab import __main__ as lab
 
 IMAGES = 54_784  # 107 steps of 512
 
 
 def worker(flags: list[str]) -> int:
-    """Run the script as it is, and note what crosses between processes and how much memory it took."""
+    """Run the lab as it is, and note what crosses between processes and how much memory it took."""
     sent = {"all_reduce": 0, "calls": 0}
     original = dist.all_reduce
 
@@ -37,7 +38,7 @@ def worker(flags: list[str]) -> int:
         return original(tensor, *arguments, **more)
 
     dist.all_reduce = all_reduce
-    code = noprop.main(flags)
+    code = lab.main(["train", *flags])
     sent["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     folder = Path(next(x for x in flags if x.startswith("--output-dir=")).split("=", 1)[1])
     (folder / f"worker{os.environ.get('RANK', '0')}.json").write_text(json.dumps(sent))
@@ -72,7 +73,9 @@ def measure(processes: int, threads: int, *flags: str) -> dict:
 
 def main() -> int:
     if "--worker" in sys.argv:
-        return worker([x for x in sys.argv[1:] if x != "--worker"])
+        code = worker([x for x in sys.argv[1:] if x != "--worker"])
+        sys.stdout.flush()
+        os._exit(code)  # as the lab's console() does, for a thread of gloo
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds

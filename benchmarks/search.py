@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.seeds import mean, run
 
-CPU, FOLDER = torch.device("cpu"), Path("runs/search")
+FOLDER = Path("runs/search")
 
 
 def remembered(name: str, compute: Callable[[], list[dict]]) -> list[dict]:
@@ -38,12 +38,11 @@ def remembered(name: str, compute: Callable[[], list[dict]]) -> list[dict]:
 def curve(seed: int, data: noprop.Data, **settings: float) -> list[dict]:
     """The records of three epochs; fewer if the training diverges."""
     config, history = noprop.Config(epochs=3, seed=seed, **settings), []
-    with noprop.workers(CPU, config.threads) as parallel:
-        try:
-            for record in noprop.train(noprop.Training(config, CPU), data, parallel):
-                history.append(record)
-        except FloatingPointError:
-            print(f"diverged: {settings}", file=sys.stderr)
+    try:
+        for record in noprop.train(noprop.State(config), data):
+            history.append(record)
+    except FloatingPointError:
+        print(f"diverged: {settings}", file=sys.stderr)
     return history
 
 
@@ -78,10 +77,10 @@ def ranking(number: int = 16) -> None:
     Settings are trained twice for three epochs on 45,000 images. One training is ranked as a trial is, on
     5,000 images, by error or by loss; the other gives the error on 10,000 images that neither has seen.
     """
-    whole = noprop.load_data(noprop.Config(), CPU)
+    whole = noprop.load_data(noprop.Config())
     images, labels = (torch.cat([whole.val[i], whole.train[i]]) for i in (0, 1))
     parts = ((15_000, 60_000), (0, 5_000), (5_000, 15_000))
-    data = noprop.Data(*(noprop.Split(images[a:b], labels[a:b]) for a, b in parts))
+    data = noprop.Data(*(noprop.Split(images[a:b], labels[a:b]) for a, b in parts), whole.augment)
     runs = [
         [
             remembered(f"ranking-{i}-{seed}", lambda i=i, seed=seed: curve(seed, data, **random_settings(i)))
@@ -116,7 +115,7 @@ def ranking(number: int = 16) -> None:
 
 def weights() -> None:
     """Validation accuracy and loss after three epochs by η₁ and η₂, all else as shipped; two seeds."""
-    data = noprop.load_data(noprop.Config(), CPU)._replace(test=None)
+    data = noprop.load_data(noprop.Config())._replace(test=None)
     print("| η₁ | η₂ | validation accuracy | validation loss |\n|---|---|---|---|")
     for eta, lam in ((2.0, 1.0), (0.1, 0.1), (0.1, 10.0), (10.0, 0.1), (10.0, 10.0)):
         settings = {"eta_loss_weight": eta, "lambda_global": lam}
@@ -145,7 +144,8 @@ def pays() -> None:
     flags = ["--run-hpo", "--lr=0.3", "--hpo-trials=12", "--hpo-epochs=2"]
     for found in compare("12 trials of 2 epochs from --lr 0.3", flags, range(5, 8)):
         names = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
-        print(f"seed {found['seed']}: " + ", ".join(f"{name} {found['config'][name]:.2g}" for name in names))
+        config = found["config"]
+        print(f"seed {config['seed']}: " + ", ".join(f"{name} {config[name]:.2g}" for name in names))
 
 
 def better() -> None:

@@ -2,13 +2,15 @@
 
     python benchmarks/seeds.py --seeds 5                      the default run, seeds 0 to 4
     python benchmarks/seeds.py --epochs 4 --target noise      any flags of noprop_example.py
+    python benchmarks/seeds.py --objective dt                 or of python -m noprop_lab train
 
-Runs noprop_example.py once a seed, in runs/ below the current folder (one that is finished there is not run
-again, one that was stopped is resumed), and prints one Markdown table.
+Runs noprop_example.py, or for the lab's flags the lab, once a seed, in runs/ below the current folder (one
+that is finished there is not run again, one that was stopped is resumed), and prints one Markdown table.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,12 +18,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from noprop_lab import data, networks
 
-SCRIPT, CPU = noprop.__file__, torch.device("cpu")
+ROOT = Path(noprop.__file__).parent
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -43,8 +44,32 @@ def folder_of(flags: list[str], seed: int) -> Path:
 
 def summary_of(folder: Path) -> dict | None:
     """The summary of the run in a folder, if it has come to its end."""
-    found = [json.loads(path.read_text()) for path in folder.glob("noprop_*.json")]
+    paths = [path for path in folder.glob("noprop_*.json") if len(path.suffixes) == 1]  # 2: kept, older
+    found = [json.loads(path.read_text()) for path in paths]
     return next((summary for summary in found if summary["finished"]), None)
+
+
+def network_of(folder: Path) -> noprop.NoProp:
+    """The network of the run in a folder."""
+    return networks.load(folder / noprop.CHECKPOINT.format(summary_of(folder)["objective"]))
+
+
+def command(flags: list[str], folder: Path) -> list[str]:
+    """A run with these flags: of noprop_example.py, or of the lab where a flag is the lab's."""
+    start, searches = [noprop.__file__], "--run-hpo" in flags
+    try:
+        noprop.refuse_moved(flags)
+    except noprop.Failure:
+        start = ["-m", "noprop_lab", "search" if searches else "train"]
+        flags = [flag for flag in flags if flag != "--run-hpo"]
+    if not searches:  # a search goes on by itself
+        if any(folder.glob("noprop_*.pt")):  # says itself what these say, and takes no second word
+            known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            for name in ("--preset", "--config", "--embedding-from"):
+                known.add_argument(name)
+            _, flags = known.parse_known_args(flags)
+        flags = [*flags, "--resume"]
+    return [sys.executable, *start, *flags]
 
 
 def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
@@ -56,11 +81,14 @@ def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
     missing = [job for job in jobs if not summary_of(folder_of(*job[1:]))]
     print(f"{len(jobs)} runs; {len(missing)} of them are missing.", file=sys.stderr)
     started = time.perf_counter()
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for done, (name, flags, seed) in enumerate(missing, start=1):
-        resume = [] if "--run-hpo" in flags else ["--resume"]  # a search goes on by itself
-        places = [f"--seed={seed}", f"--output-dir={folder_of(flags, seed)}"]
+        folder = folder_of(flags, seed)
         subprocess.run(
-            [sys.executable, SCRIPT, *flags, *resume, *places], check=True, stdout=subprocess.DEVNULL
+            [*command(flags, folder), f"--seed={seed}", f"--output-dir={folder}"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": paths},  # the lab is found from any folder
         )
         left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
         print(f"{done}/{len(missing)}  seed {seed}  {name}; about {left:.0f} min left", file=sys.stderr)
@@ -69,11 +97,10 @@ def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
 
 def inferred(folder: Path, temperature: float, split: noprop.Split) -> dict:
     """What evaluate() says of a run's network at another temperature, with DDPM's weights."""
-    [path] = folder.glob("noprop_*.pt")
-    model = noprop.load(path)
+    model = network_of(folder)
     model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
     config = replace(model.config, weights="ddpm", temperature=temperature)
-    with noprop.workers(CPU, torch.get_num_threads()) as parallel:
+    with noprop.workers(noprop.CPU, noprop.Options.threads) as parallel:
         return noprop.evaluate(model, split, config, parallel)
 
 
@@ -94,10 +121,10 @@ def main() -> int:
         ("seconds in all", lambda x: x["seconds_total"], 0),
     ):
         print(f"| {title} | {mean([read(x) for x in results], digits)} |")
-    if results[0]["config"]["objective"] == "hybrid":
-        test = noprop.load_data(noprop.Config(**results[0]["config"]), CPU).test
-        temperature = results[0]["config"]["temperature"]
-        found = [inferred(folder_of(flags, seed), temperature, test) for seed in seeds]
+    if results[0]["objective"] == "hybrid":
+        config = network_of(folder_of(flags, seeds[0])).config
+        test = data.load_data(config, noprop.Options.data_root).test
+        found = [inferred(folder_of(flags, seed), config.temperature, test) for seed in seeds]
         by_seed = [x["accuracy"][-1] for x in found]
         print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
     print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")

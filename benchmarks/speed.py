@@ -17,8 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from noprop_example import PRESETS, Config, Training
+from noprop_example import Config, State
+from noprop_lab import backprop
+from noprop_lab.early_exit import early_exit
+from noprop_lab.networks import LabState
 
-DEVICE = noprop.pick_device("auto")
+DEVICE = noprop.pick_device(noprop.Options())
 THREADS = torch.get_num_threads()
 NAME = (
     f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}-{THREADS}-cores"
@@ -52,8 +53,8 @@ def report(name: str, value, text: str) -> None:
     print(f"| {name} | {text} |", flush=True)
 
 
-def preset(name: str, **changes) -> Config:
-    return replace(Config(preset=name, **PRESETS[name]), **changes)
+def preset(name: str, kind: type[Config] = Config, **changes) -> Config:
+    return (kind if name == "default" else getattr(kind, name))(**changes)
 
 
 def synchronize() -> None:
@@ -91,14 +92,20 @@ def flops(call: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
+def bfloat16_slowdown() -> float:
+    """Time of bfloat16 products ÷ float32's: without instructions for them, a CPU has up to hundreds."""
+    long, short = (noprop.matmul_peak(str(DEVICE), x, size=256) for x in (torch.float32, torch.bfloat16))
+    return long / short
+
+
 # --- Contestants -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def parallel(threads: int = THREADS):
-    """The thread pool of the script, for calls in which nothing else is timed."""
-    with noprop.workers(DEVICE, threads) as pool:
-        yield pool
+def train_step(state: State, image: Tensor, label: Tensor, parallel=map) -> None:
+    """A step of the script's own training, or of the twin's."""
+    twin = isinstance(state.config, backprop.BackpropConfig)
+    (backprop.train_step if twin else noprop.train_step)(state, image, label, 1e-3, parallel)
+    state.step += 1
 
 
 STEPS = 8  # in one call, so that starting threads does not count
@@ -114,27 +121,28 @@ def times(step: Callable[[], object]) -> Callable[[], None]:
     return steps
 
 
-def noprop_steps(training: Training, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def noprop_steps(state: State, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     """A call that makes STEPS steps of the script's own training, blocks side by side."""
 
     def steps() -> None:
-        with parallel() as pool:
-            times(lambda: noprop.train_step(training, *batch, 1e-3, pool))()
+        with noprop.workers(DEVICE, THREADS) as pool:
+            times(lambda: train_step(state, *batch, pool))()
 
     return steps
 
 
-def twin_of(config: Config) -> Training:
-    """The same network, for backpropagation; with num_blocks=1 it is a plain CNN of one block's size."""
-    return Training(replace(config, objective="backprop"), DEVICE)
+def twin_of(name: str, **changes) -> LabState:
+    """A preset's network, for backpropagation; with num_blocks=1 it is a plain CNN of one block's size."""
+    return LabState(preset(name, backprop.BackpropConfig, **changes), DEVICE)
 
 
-def accumulated_step(twin: Training, image: Tensor, label: Tensor, parts: int) -> None:
+def accumulated_step(twin: State, image: Tensor, label: Tensor, parts: int) -> None:
     """A step of the twin, its gradient accumulated over so many parts of the batch."""
     for x, y in zip(image.chunk(parts), label.chunk(parts), strict=True):
         F.cross_entropy(twin.model(x)[:, -1], y).mul(len(y) / len(label)).backward()
     for name in twin.parts.keys() - {"label_embedding"}:
         twin.update(name, 1e-3)
+    twin.step += 1
 
 
 # --- Parts -------------------------------------------------------------------------------------------------
@@ -153,18 +161,18 @@ def step(rounds: int = 9) -> None:
     a, peak = torch.rand(1024, 1024, device=DEVICE), RESULTS.get("float32 matmul peak, GFLOP/s", 0)
     for name in ("default", "accurate", "reference"):
         config = preset(name)
-        batch, training, twin = random_batch(config.batch_size), Training(config, DEVICE), twin_of(config)
-        one = twin_of(replace(config, num_blocks=1))
-        work, twin_work = (flops(partial(noprop.train_step, x, *batch, 1e-3)) for x in (training, twin))
+        batch, state, twin = random_batch(config.batch_size), State(config, DEVICE), twin_of(name)
+        one = twin_of(name, num_blocks=1)
+        work, twin_work = (flops(partial(train_step, x, *batch)) for x in (state, twin))
         contestants = {
-            OURS: noprop_steps(training, batch),
-            IN_TURN: times(partial(noprop.train_step, training, *batch, 1e-3)),
-            TWIN: times(partial(noprop.train_step, twin, *batch, 1e-3)),
-            PLAIN: times(partial(noprop.train_step, one, *batch, 1e-3)),
+            OURS: noprop_steps(state, batch),
+            IN_TURN: times(partial(train_step, state, *batch)),
+            TWIN: times(partial(train_step, twin, *batch)),
+            PLAIN: times(partial(train_step, one, *batch)),
             "matmul": times(lambda: a @ a),
         }
-        if noprop.bfloat16_slowdown(DEVICE) < 1:
-            short = Training(replace(config, precision="bfloat16"), DEVICE)
+        if bfloat16_slowdown() < 1:
+            short = State(preset(name, precision="bfloat16"), DEVICE)
             contestants[SHORT] = noprop_steps(short, batch)
         seconds = interleaved(contestants, rounds if name == "default" else 3)
         medians = {key: statistics.median(values) / STEPS for key, values in seconds.items()}
@@ -182,18 +190,14 @@ def step(rounds: int = 9) -> None:
 def compiled(rounds: int = 5) -> None:
     """What torch.compile does to a default step; on a GPU with the blocks' kernels captured as graphs."""
     config, mode = preset("default"), "reduce-overhead" if DEVICE.type == "cuda" else "default"
-    batch, eager, training = (
-        random_batch(config.batch_size),
-        Training(config, DEVICE),
-        Training(config, DEVICE),
-    )
-    for block in training.model.blocks:
+    batch, eager, state = random_batch(config.batch_size), State(config, DEVICE), State(config, DEVICE)
+    for block in state.model.blocks:
         block.compile(mode=mode)
     started = time.perf_counter()
-    noprop.train_step(training, *batch, 1e-3)
+    train_step(state, *batch)
     seconds = time.perf_counter() - started
     report("torch.compile: seconds of the first step", seconds, f"{seconds:.0f}")
-    pair = interleaved({"eager": noprop_steps(eager, batch), mode: noprop_steps(training, batch)}, rounds)
+    pair = interleaved({"eager": noprop_steps(eager, batch), mode: noprop_steps(state, batch)}, rounds)
     ratio = statistics.median(pair[mode]) / statistics.median(pair["eager"])
     report(f"torch.compile, mode {mode}: time of a step ÷ eager", ratio, f"{ratio:.2f}")
 
@@ -204,14 +208,14 @@ def profile(repeats: int = 10) -> None:
     from torch.profiler import profile as profiler
 
     config = preset("default")
-    training, batch = Training(config, DEVICE), random_batch(config.batch_size)
+    state, batch = State(config, DEVICE), random_batch(config.batch_size)
     torch.set_num_threads(1)
-    noprop.train_step(training, *batch, 1e-3)
+    train_step(state, *batch)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
     with profiler(activities=activities) as trace:
         for _ in range(repeats):
             noprop.augment(batch[0], noprop.generator("profile"))
-            noprop.train_step(training, *batch, 1e-3)
+            train_step(state, *batch)
     torch.set_num_threads(THREADS)
     on_gpu = DEVICE.type == "cuda"
     times = {
@@ -257,34 +261,37 @@ def peak_bytes(model: nn.Module, call: Callable[[], object]) -> int:
     return meter.peak
 
 
-def all_blocks_at_once(training: Training, image: Tensor, label: Tensor) -> None:
+def all_blocks_at_once(state: State, image: Tensor, label: Tensor) -> None:
     """A step of NoProp written the naive way: all losses added up, and one backward pass."""
-    model, config = training.model, training.config
-    u, loss = model.label_embedding(label), 0
-    weights = config.eta_loss_weight, config.lambda_global
-    for block, level in zip(model.blocks, model.alpha_bar.tolist(), strict=False):
-        noise = torch.randn(u.shape, device=u.device)
-        one_loss, u_hat = noprop.block_loss(block, image, u, noise, level, *weights)
+    model, objective, loss = state.model, state.objective, 0
+    W = model.label_embedding.weight
+
+    def draw(_purpose: str, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, device=image.device)
+
+    for t, block in enumerate(model.blocks, start=1):
+        one_loss, u_hat = objective.block_loss(block, t, model.alpha_bar, image, label, W, draw)
         loss = loss + one_loss
-    (loss + noprop.classifier_loss(training, u_hat, u, label)).backward()
-    for name in training.parts:
-        training.update(name, 1e-3)
+    (loss + objective.head_loss(model.classifier, u_hat, label, W, draw)).backward()
+    for name in state.parts:
+        state.update(name, 1e-3)
+    state.step += 1
 
 
 def memory(batch_size: int = 256) -> None:
     """Peak bytes of activations kept for the backward pass, by T, and what equal memory costs the twin."""
     batch = random_batch(batch_size)
     for blocks in (1, 2, 5, 10, 20, 50):
-        config = preset("default", num_blocks=blocks, batch_size=batch_size)
-        training, twin = Training(config, DEVICE), twin_of(config)
+        sizes = dict(num_blocks=blocks, batch_size=batch_size)
+        state, twin = State(preset("default", **sizes), DEVICE), twin_of("default", **sizes)
         contestants = {
-            IN_TURN: partial(noprop.train_step, training, *batch, 1e-3),
-            AT_ONCE: partial(all_blocks_at_once, training, *batch),
-            TWIN: partial(noprop.train_step, twin, *batch, 1e-3),
+            IN_TURN: partial(train_step, state, *batch),
+            AT_ONCE: partial(all_blocks_at_once, state, *batch),
+            TWIN: partial(train_step, twin, *batch),
             PARTS: partial(accumulated_step, twin, *batch, blocks),
         }
         for name, call in contestants.items():
-            mib = peak_bytes(twin.model if "backprop" in name else training.model, call) / 2**20
+            mib = peak_bytes(twin.model if "backprop" in name else state.model, call) / 2**20
             report(f"T = {blocks}: MiB of activations, {batch_size} images, {name}", mib, f"{mib:.1f}")
             if DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -292,7 +299,7 @@ def memory(batch_size: int = 256) -> None:
                 mib = torch.cuda.max_memory_allocated() / 2**20
                 report(f"T = {blocks}: MiB on the GPU, {name}", mib, f"{mib:.1f}")
         if blocks == 10:
-            timed = {OURS: noprop_steps(training, batch)}
+            timed = {OURS: noprop_steps(state, batch)}
             timed |= {name: times(contestants[name]) for name in (IN_TURN, AT_ONCE, TWIN, PARTS)}
             seconds = {name: statistics.median(x) for name, x in interleaved(timed, 3).items()}
             for name, value in seconds.items():
@@ -306,19 +313,19 @@ def original() -> float:
     Each is a training step of one 628 k block and a forward pass of the last block without gradient. The
     block is ours of that size, which pools before its batch norm and so costs less than the original's.
     """
-    block = noprop.DenoisingBlockPaper(**noprop.BLOCKS["reference"], target="noise").to(DEVICE)
+    block = noprop.BLOCKS["reference"](target="noise").to(DEVICE)
     last, optimizer = copy.deepcopy(block), torch.optim.AdamW(block.parameters(), lr=0.01)
-    image, _ = random_batch(128)
-    u, noise = torch.randn(2, 128, 20, device=DEVICE)
+    (image, label), alpha_bar, loss_of = random_batch(128), noprop.cosine_schedule(10), noprop.Hybrid()
+    W, noise = torch.randn(10, 20, device=DEVICE), torch.randn(128, 20, device=DEVICE)
 
     def one() -> None:
         optimizer.zero_grad()
-        loss, _ = noprop.block_loss(block, image, u, noise, 0.5, 2.0, 1.0)
+        loss, _ = loss_of.block_loss(block, 5, alpha_bar, image, label, W, lambda *_: noise)
         loss.backward()
         nn.utils.clip_grad_norm_(block.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            last(image, u, 0.9)
+            last(image, noise, 0.9)
 
     measured = interleaved({"step": one}, 15)["step"]
     seconds = statistics.median(measured) * 100 * 10 * 469
@@ -373,7 +380,7 @@ def runs(number: int) -> None:
 
 def inference(number: int) -> None:
     """Images a second, blocks an image: the chain, one block, early exit, with the networks of "runs"."""
-    data = noprop.load_data(Config(), DEVICE)
+    data = noprop.load_data(Config(), device=DEVICE)
     models = [
         noprop.load(Path("runs/speed") / f"seed{seed}" / "noprop_hybrid.pt", DEVICE) for seed in range(number)
     ]
@@ -385,7 +392,7 @@ def inference(number: int) -> None:
             {
                 "chain": lambda i=images: models[0].predict(i),
                 "block 1": lambda i=images: one.predict(i),
-                "early exit at 0.9": lambda i=images: models[0].predict(i, 0.9),
+                "early exit at 0.9": lambda i=images: early_exit(models[0], i, 0.9),
             },
             25,
         )
@@ -395,7 +402,7 @@ def inference(number: int) -> None:
     for threshold in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0):
         columns = []
         for split in (data.val, data.test):
-            results = [model.early_exit(split.images, threshold) for model in models]
+            results = [early_exit(model, split.images, threshold) for model in models]
             right = [100 * (p.argmax(-1) == split.labels).float().mean().item() for p, _ in results]
             columns.append(statistics.mean(right))
         blocks = statistics.mean(used.float().mean().item() for _, used in results)

@@ -64,7 +64,7 @@ def read_command_line(
         content = noprop.read_checkpoint(path)
         start = config_of(content, path)
         config = parse(start, rest)
-        refuse_contradictions(config, start, options, path, arguments)
+        refuse_contradictions(config, start, options, content, path, arguments)
         return config, options, content
     if options.resume:
         say(f"Nothing to resume at {path}: starting from the beginning.")
@@ -108,20 +108,30 @@ def start_of(options: LabOptions) -> LabConfig:
         raise Failure(f"cannot use these settings: {error}") from error
 
 
-def refuse_contradictions(config, start, options: LabOptions, path: Path, arguments: list[str]) -> None:
-    """Raise Failure for a flag that says something else than the checkpoint, and is not free to do so."""
-    noprop.refuse_contradictions(config, start, options, path)
-    given = {"dataset": options.dataset, "blocks": options.blocks, "embedding_from": options.embedding_from}
-    if options.objective:
-        given["objective"] = options.objective
-    if "--threads" in {x.split("=")[0] for x in arguments} and options.resume:
-        given["step_threads"] = options.threads
-    held = {"objective": next(name for name, kind in CONFIGS.items() if type(start) is kind)}
-    for name, value in given.items():
-        there = held.get(name, getattr(start, name, None if name == "embedding_from" else value))
-        if value is not None and value != there:
-            flag = name.replace("_", "-").replace("step-threads", "threads")
-            raise Failure(f"--{flag} {value} contradicts {path}, which has {there}: leave it out")
+def refuse_contradictions(config, saved, options: LabOptions, content, path: Path, arguments) -> None:
+    """Raise Failure for what a checkpoint has otherwise: a setting, or what chooses or implies some."""
+    kind = options.objective or ("dt" if options.preset == "paper" else content["objective"])
+    if kind != content["objective"]:
+        raise Failure(
+            f"--objective {kind} contradicts {path}, which has {content['objective']}: leave it out"
+        )
+    free = () if options.predict else ("temperature", "weights") if options.evaluate else ("epochs",)
+    chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
+    implied = start_of(chosen)
+    if isinstance(saved, backprop.BackpropConfig):  # whose last bits depend on --threads
+        named = options.resume and "--threads" in {x.split("=")[0] for x in arguments}
+        implied = replace(implied, step_threads=options.threads if named else saved.step_threads)
+        if named and options.threads != saved.step_threads:
+            there = f"which was trained with {saved.step_threads}: leave it out"
+            raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
+    noprop.refuse_contradictions(config, saved, implied, free, path)
+    if options.embedding_from:
+        other, own = (
+            embedding_from(options.embedding_from, config),
+            content["model"]["label_embedding.weight"],
+        )
+        if not torch.equal(other, own):
+            raise Failure(f"--embedding-from {options.embedding_from} is not the embedding that {path} has")
 
 
 # --- Commands ----------------------------------------------------------------------------------------------

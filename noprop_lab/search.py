@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 import noprop_example as noprop
 from noprop_example import CHECKPOINT, Data, Failure, FolderInUse, Search, say
@@ -127,6 +127,7 @@ def search(
     except OSError as error:
         raise Failure(f"cannot write into --output-dir {options.output_dir}: {error.strerror}") from error
     where = url_of(options).render_as_string()  # without a password
+    warnings.simplefilter("ignore", ExperimentalWarning)  # so Optuna calls its heartbeats
     with noprop.caught_signals() as signalled:
         with noprop.database_failures(where, 2), FileLock(options.output_dir / ".noprop_hpo.lock"):
             storage = storage_of(options, *heartbeat)  # the lock: two at once would make the tables twice
