@@ -427,7 +427,7 @@ class Config:
             ("weight_decay embed_wd", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
             ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            ("dim", lambda x: x >= self.num_classes, f"at least {self.num_classes}, a row a class"),
+            ("embed_dim", lambda _: self.dim >= self.num_classes, f"at least {self.num_classes}, a row a class"),
             ("train_images", lambda x: x is None or x >= self.batch_size, "None or at least batch_size"),
         )
         if self.eta_loss_weight == self.lambda_global == 0:

@@ -8,6 +8,7 @@ Flips bits of and truncates checkpoints and data files. Limits the size of files
 """
 
 import argparse
+import hashlib
 import random
 import resource
 import shutil
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch.utils._pytree import tree_flatten  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import noprop_example as noprop  # noqa: E402
@@ -37,13 +39,23 @@ RUN = [
 RUN += ["--num-blocks=3", "--checkpoint-minutes=1e-9"]
 
 
+def digest(value) -> str:
+    """SHA-256 over nested dicts and lists of tensors and plain values."""
+    leaves, structure = tree_flatten(value)
+    sha = hashlib.sha256(repr(structure).encode())
+    for leaf in leaves:
+        is_tensor = isinstance(leaf, torch.Tensor)
+        sha.update(leaf.contiguous().numpy().tobytes() if is_tensor else repr(leaf).encode())
+    return sha.hexdigest()
+
+
 def fingerprint(folder: Path) -> str:
-    """The checksum of everything in the checkpoint but the timings."""
+    """The digest of everything in the checkpoint but the timings."""
     content = noprop.read_checkpoint(folder / "noprop_hybrid.pt")
     content["training"].pop("seconds")
     for record in content["training"]["history"]:
         record.pop("seconds")
-    return noprop.checksum(content)
+    return digest(content)
 
 
 def finish(folder: Path) -> bool:
@@ -97,13 +109,13 @@ def corrupt(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, b
                 "damaged .gz",
                 (source / f"{images}.gz").read_bytes(),
                 f"{images}.gz",
-                lambda: noprop.read_mnist_file(folder, images),
+                lambda: noprop.read_idx(folder, images, noprop.MD5[images]),
             ),
             (
                 "damaged data file",
-                noprop.read_mnist_file(source, labels),
+                noprop.read_idx(source, labels, noprop.MD5[labels]),
                 labels,
-                lambda: noprop.read_mnist_file(folder, labels),
+                lambda: noprop.read_idx(folder, labels, noprop.MD5[labels]),
             ),
         ):
             (folder / file).write_bytes(content)
@@ -119,7 +131,7 @@ def corrupt(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, b
 
 
 def content_sum(path: Path) -> str:
-    return noprop.checksum(noprop.read_checkpoint(path))
+    return digest(noprop.read_checkpoint(path))
 
 
 def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, bar: tqdm) -> None:
@@ -135,7 +147,7 @@ def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter,
                 timeout=300,
                 preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
             )
-            whole = content_sum(folder / "noprop_hybrid.previous.pt") == content_sum(checkpoint)
+            whole = content_sum(folder / "noprop_hybrid.1.pt") == content_sum(checkpoint)
             one_line = run.stderr.startswith("error: cannot write") and run.stderr.count("\n") == 1
             table["full disk", "survived" if run.returncode == 1 and one_line and whole else "LOST"] += 1
             bar.update()
@@ -143,19 +155,17 @@ def fill_disk(rng: random.Random, rounds: int, checkpoint: Path, table: Counter,
 
 def load(epochs: int) -> str:
     """Resident memory and open files over many epochs on tiny data."""
-    data = noprop.load_data(noprop.Config(), torch.device("cpu"))
-    small = noprop.Data(*(noprop.Split(x.images[:512], x.labels[:512]) for x in data))
+    data = noprop.load_data(noprop.Config())
+    train, val, test = (noprop.Split(x.images[:512], x.labels[:512]) for x in data[:3])
+    small = data._replace(train=train, val=val, test=test)
     config = noprop.Config(epochs=epochs, patience=epochs, batch_size=128, num_blocks=3)
-    seen = []
+    state, seen = noprop.State(config), []
     with tempfile.TemporaryDirectory() as name:
-        training = noprop.Training(config, torch.device("cpu"))
-        with noprop.workers(torch.device("cpu"), 2) as parallel:
-            for _ in noprop.train(training, small, parallel):
-                noprop.save_checkpoint(Path(name) / "noprop_hybrid.pt", training)
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                seen.append(
-                    (pages * resource.getpagesize() / 2**20, len(list(Path("/proc/self/fd").iterdir())))
-                )
+        for _ in noprop.train(state, small):
+            state.save(Path(name) / "noprop_hybrid.pt", small.digest())
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(list(Path("/proc/self/fd").iterdir()))
+            seen.append((pages * resource.getpagesize() / 2**20, files))
     points = [(epoch, *seen[epoch - 1]) for epoch in (epochs // 4, epochs // 2, epochs)]
     return "; ".join(
         f"epoch {epoch}: {mib:.0f} MiB resident, {files} open files" for epoch, mib, files in points

@@ -59,6 +59,8 @@ def read_command_line(
     options, rest = parse(LabOptions(), translated(command, plain), return_unknown_args=True)
     if helped:
         parse(Command(CONFIGS[options.objective or "hybrid"](), LabOptions()), ["--help"])
+    if command == "predict" and len(options.predict) < 2:
+        raise Failure("predict takes a checkpoint and then at least one image file")
     path = checkpoint_of(options)
     if options.evaluate or options.predict or (options.resume and path.exists()):
         content = noprop.read_checkpoint(path)
@@ -86,8 +88,8 @@ def checkpoint_of(options: LabOptions) -> Path:
     return options.output_dir / CHECKPOINT.format(objective)
 
 
-def start_of(options: LabOptions) -> LabConfig:
-    """The config that flags change: of an objective, a preset, a data set, a file."""
+def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfig:
+    """The config that flags change: of an objective, a preset, a data set's own settings, a file."""
     kind = CONFIGS[options.objective or ("dt" if options.preset == "paper" else "hybrid")]
     if options.preset == "paper" and kind is not DTConfig:
         raise Failure("--preset paper is a setting of --objective dt")
@@ -95,9 +97,9 @@ def start_of(options: LabOptions) -> LabConfig:
     dataset = options.dataset or given.get("dataset", "mnist")
     try:
         start, plain = (kind if options.preset == "default" else getattr(kind, options.preset))(), kind()
-        own = (
-            SOURCES[dataset].settings if dataset in SOURCES else {"classes": class_folders(options.data_root)}
-        )
+        if own is None:
+            own = SOURCES[dataset].settings if dataset in SOURCES else {}
+            own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
         settings = {name: x for name, x in own.items() if getattr(start, name) == getattr(plain, name)}
         settings |= given | {"dataset": dataset}
         settings |= {"embedding": "fixed"} if options.embedding_from else {}
@@ -117,14 +119,19 @@ def refuse_contradictions(config, saved, options: LabOptions, content, path: Pat
         )
     free = () if options.predict else ("temperature", "weights") if options.evaluate else ("epochs",)
     chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
-    implied = start_of(chosen)
+    implied = start_of(chosen, own={})  # what a data set brings was free to be another
+    given = {x.split("=")[0] for x in arguments}
     if isinstance(saved, backprop.BackpropConfig):  # whose last bits depend on --threads
-        named = options.resume and "--threads" in {x.split("=")[0] for x in arguments}
+        named = options.resume and "--threads" in given
         implied = replace(implied, step_threads=options.threads if named else saved.step_threads)
         if named and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"
             raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
     noprop.refuse_contradictions(config, saved, implied, free, path)
+    if options.resume and saved.dataset == "folder" and not implied.classes and "--classes" not in given:
+        there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))
+        if there != here:
+            raise Failure(f"{path} has the classes {there}, --data-root {here}: add --classes {there}")
     if options.embedding_from:
         other, own = (
             embedding_from(options.embedding_from, config),
@@ -205,7 +212,9 @@ def merge(arguments: list[str]) -> int:
     options, rest = noprop.parse(
         LabOptions(), arguments, "python -m noprop_lab merge", return_unknown_args=True
     )
-    flags = [x for x in rest if x.startswith("-")]
+    names = ("preset", "config", "resume", "objective", "dataset", "blocks", "embedding_from")
+    flags = [f"--{x.replace('_', '-')}" for x in names if getattr(options, x) != getattr(LabOptions, x)]
+    flags += [x for x in rest if x.startswith("-")]
     if flags:
         raise Failure(f"merge takes no {flags[0]}: settings are those of the parts")
     return parts.merge([Path(x) for x in rest], options, load_data, noprop.pick_device(options))

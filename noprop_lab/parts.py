@@ -33,6 +33,8 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
 
     Where the first file is a whole network, later ones take the place of its blocks.
     """
+    if len(paths) < 2:
+        raise Failure("merge takes two checkpoints at least")
     started, contents = time.perf_counter(), [noprop.read_checkpoint(path) for path in paths]
     configs = [config_of(*pair) for pair in zip(contents, paths, strict=True)]
     for content, config, path in zip(contents, configs, paths, strict=True):
@@ -73,8 +75,6 @@ def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list
     exchange, first = not configs[0].blocks, configs[0]
     fitting = {"dataset", "image_size", "classes", "classify", "num_blocks", "dim", "block", "target"}
     names = fitting if exchange else set(vars(first)) - {"blocks", "embed_dim"} | {"dim"}
-    if len(configs) < 2:
-        raise Failure("merge takes two checkpoints at least")
     for path, content, config in zip(paths, contents, configs, strict=True):
         if content["objective"] != contents[0]["objective"] and not exchange:
             raise Failure(f"{path} and {paths[0]} differ in their objective")

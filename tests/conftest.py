@@ -17,15 +17,15 @@ TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 @pytest.fixture(scope="session")
 def data() -> noprop.Data:
-    return noprop.load_data(noprop.Config(), CPU)
+    return noprop.load_data(noprop.Config())
 
 
 @pytest.fixture(scope="session")
 def small_data(data) -> noprop.Data:
     """512 training, 500 validation and 500 test images."""
-    return noprop.Data(
-        *(noprop.Split(x.images[:n], x.labels[:n]) for x, n in zip(data, (512, 500, 500), strict=True))
-    )
+    sizes = zip(data[:3], (512, 500, 500), strict=True)
+    train, val, test = (noprop.Split(x.images[:n], x.labels[:n]) for x, n in sizes)
+    return data._replace(train=train, val=val, test=test)
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +43,12 @@ def flags(tmp_path) -> list[str]:
     return [*names, f"--output-dir={tmp_path}"]
 
 
-def train_tiny(data: noprop.Data, threads: int = 1, **changes) -> noprop.Training:
-    training = noprop.Training(noprop.Config(**TINY | changes), CPU)
-    with noprop.workers(CPU, threads) as parallel:
-        for _ in noprop.train(training, data, parallel):
-            pass
-    return training
+def train_tiny(data: noprop.Data, threads: int = 1, **changes) -> noprop.State:
+    config = noprop.Config(**TINY | changes)
+    state = noprop.State(config)
+    for _ in noprop.train(state, data if config.augment else data._replace(augment=None), threads=threads):
+        pass
+    return state
 
 
 def same(a: dict, b: dict) -> bool:

@@ -1,5 +1,6 @@
 """The command as a user meets it: files, bad input, signals, pictures, metadata."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, noprop
+from conftest import ROOT, TINY, noprop, same
 from PIL import Image
 
 SCRIPT = str(ROOT / "noprop_example.py")
@@ -37,7 +38,7 @@ def fails(capsys, code: int, arguments: list[str], *words: str) -> None:
 def test_files_of_a_run(trained, capsys):
     summary = json.loads((trained / "noprop_hybrid.json").read_text())
     assert summary["epochs"] == len(summary["history"]) == 1 and summary["finished"]
-    assert summary["seed"] == 0
+    assert summary["config"]["seed"] == 0
     by_blocks = summary["test_accuracy_by_blocks"]
     assert len(by_blocks) == 10 and by_blocks[-1] == summary["test_accuracy"] == summary["best_test_accuracy"]
     assert summary["embedding_norm_start"] == pytest.approx(1) != summary["embedding_norm_end"]
@@ -51,22 +52,6 @@ def test_files_of_a_run(trained, capsys):
     assert [path.name for path in trained.glob(".*")] == [".noprop_run.lock"]
     assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt")]) == 0
     assert f"Test accuracy {summary['test_accuracy']:.2f} ±" in capsys.readouterr().out
-
-
-def test_evaluation_with_early_exit(trained, capsys):
-    assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt"), "--early-exit", "0.5"]) == 0
-    found = re.match(
-        r"Early exit: (.*) of 10 blocks an image.\nTest accuracy (.*) ±", capsys.readouterr().out
-    )
-    assert 1 < float(found[1]) < 5 and float(found[2]) > 97
-
-
-def test_an_older_checkpoint_is_kept(flags, tmp_path, capsys):
-    assert noprop.main(flags) == 0
-    older = (tmp_path / "noprop_hybrid.pt").read_bytes()
-    assert noprop.main([*flags, "--seed", "1"]) == 0
-    assert "Kept the older" in capsys.readouterr().out
-    assert (tmp_path / "noprop_hybrid.previous.pt").read_bytes() == older
 
 
 def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
@@ -110,15 +95,13 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--ema-decay", "1"], "ema_decay must be"),
         (["--train-images", "100"], "train_images must be"),
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "learn nothing"),
-        (["--early-exit", "0"], "early_exit must be above 0"),
         (["--temperature", "1"], "takes --weights ddpm"),
-        (["--early-exit", "0.9"], "early_exit goes with evaluate or predict"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--run-hpo", "--resume"], "choose one of"),
         (["--data-root", "/nowhere"], "train-images-idx3-ubyte.gz is missing"),
         (["--output-dir", "/proc/nowhere"], "cannot write into --output-dir"),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
-        (["--predict", "nothing.pt"], "cannot read nothing.pt"),
+        (["--predict", "nothing.pt", "a.png"], "cannot read nothing.pt"),
     ],
 )
 def test_bad_flags(capsys, tmp_path, monkeypatch, arguments, word):
@@ -128,32 +111,90 @@ def test_bad_flags(capsys, tmp_path, monkeypatch, arguments, word):
 
 
 def test_presets_and_flags():
-    config = noprop.read_config(["--preset", "reference", "--epochs", "3"])
+    def read(*arguments: str) -> noprop.Config:
+        return noprop.read_command_line(list(arguments))[0]
+
+    config = read("--preset", "reference", "--epochs", "3")
     assert (config.epochs, config.batch_size, config.target, config.augment) == (3, 128, "noise", False)
-    assert noprop.read_config([]) == noprop.Config() and noprop.RUN_HPO is False
+    assert read() == noprop.Config() and noprop.RUN_HPO is False
     few = ["--preset", "reference", "--train-images", "200"]  # fewer than a batch of the default
-    assert noprop.read_config(few).train_images == 200
+    assert read(*few).train_images == 200
+    assert read("--preset=accurate") == noprop.Config.accurate() and noprop.Config.accurate().block == "deep"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unpacked"])
+def test_a_config_of_the_wrong_type_is_refused():
+    for name, value in (("patience", 1.5), ("lr", "a"), ("block", "paper"), ("augment", None), ("seed", "0")):
+        with pytest.raises(ValueError, match=name):
+            noprop.Config(**{name: value})
+    assert noprop.Config(lr=1).lr == 1  # as JSON has it
+
+
+MOVED = {
+    "--objective dt": "train --objective dt",
+    "--dataset=fashion_mnist": "train --dataset=fashion_mnist",
+    "--image-size 32": "train --image-size 32",
+    "--classes a b": "train --classes a b",
+    "--classify z": "train --classify z",
+    "--embedding fixed --blocks 1-2": "train --embedding fixed --blocks 1-2",
+    "--embedding-from a.pt": "train --embedding-from a.pt",
+    "--preset paper": "train --preset paper",
+    "--block=paper": "train --block=paper",
+    "--embedding onehot": "train --embedding onehot",
+    "--embedding prototype": "train --embedding prototype",
+    "--merge a.pt b.pt": "merge a.pt b.pt",
+    "--run-hpo --hpo-storage x": "search --hpo-storage x",
+    "--evaluate a.pt --early-exit 0.9": "evaluate a.pt --early-exit 0.9",
+    "--predict a.pt b.png --early-exit 0.9": "predict a.pt b.png --early-exit 0.9",
+    "--run-hpo --dataset kmnist": "search --dataset kmnist",
+}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_what_moved_is_refused_with_its_new_command(capsys, old):
+    fails(capsys, 2, old.split(), f"python -m noprop_lab {MOVED[old]}")
+
+
+def test_run_hpo_decides_only_what_a_bare_call_does(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(noprop, "RUN_HPO", True)
+    checkpoint = trained / "noprop_hybrid.pt"
+    assert noprop.read_command_line([])[1].run_hpo
+    for arguments in (["--evaluate", str(checkpoint)], ["--resume", f"--output-dir={tmp_path}"]):
+        assert not noprop.read_command_line(arguments)[1].run_hpo
+    assert not noprop.read_command_line(["--predict", str(checkpoint), "a.png"])[1].run_hpo
+    assert not noprop.read_command_line(["--no-run-hpo"])[1].run_hpo
+
+
+def test_a_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert noprop.read_command_line(["--output-dir=~/x"])[1].output_dir == tmp_path / "x"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unpacked", "a folder"])
 def test_damaged_data(capsys, tmp_path, damage):
     folder = shutil.copytree(ROOT / "data/MNIST/raw", tmp_path / "MNIST/raw")
     victim = folder / "t10k-images-idx3-ubyte.gz"
     content = victim.read_bytes()
     if damage == "unpacked":  # sufficient alone, and checked
-        unpacked = noprop.read_mnist_file(folder, "t10k-images-idx3-ubyte")
+        name = "t10k-images-idx3-ubyte"
+        md5 = noprop.MD5[name]
+        unpacked = noprop.read_idx(folder, name, md5)
+        victim.write_bytes(gzip.compress(unpacked, 1))  # packed anew
+        assert noprop.read_idx(folder, name, md5) == unpacked
         victim.unlink()
         victim = folder / "t10k-images-idx3-ubyte"
         victim.write_bytes(unpacked)
-        assert noprop.read_mnist_file(folder, "t10k-images-idx3-ubyte") == unpacked
+        assert noprop.read_idx(folder, name, md5) == unpacked
         content = unpacked
-    if damage == "missing":
+    if damage in ("missing", "a folder"):
         victim.unlink()
+        if damage == "a folder":
+            victim.mkdir()
     else:
         cut = len(content) - 1000 if damage == "truncated" else len(content)
         victim.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:cut])
     arguments = ["--data-root", str(tmp_path), "--output-dir", str(tmp_path / "out")]
-    fails(capsys, 2, arguments, victim.name, "missing" if damage == "missing" else "damaged")
+    words = {"missing": "missing", "a folder": "Is a directory"}
+    fails(capsys, 2, arguments, victim.name, words.get(damage, "damaged"))
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +206,7 @@ class RunsCode:
 def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained):
     monkeypatch.chdir(tmp_path)
     content = (trained / "noprop_hybrid.pt").read_bytes()
-    good = noprop.checksum(noprop.load(trained / "noprop_hybrid.pt").state_dict())
+    good = noprop.load(trained / "noprop_hybrid.pt").state_dict()
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     (tmp_path / "hostile.pt").write_bytes(pickle.dumps(RunsCode()))
     torch.save(RunsCode(), "hostile-zip.pt")
@@ -182,15 +223,21 @@ def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained)
             content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
         )
         try:
-            assert noprop.checksum(noprop.load("flipped.pt").state_dict()) == good
+            assert same(noprop.load("flipped.pt").state_dict(), good)
         except noprop.Failure as failure:
             refused += failure.code == 2
     assert refused >= 20
     payload = torch.load(trained / "noprop_hybrid.pt", weights_only=True)
-    payload["config"]["embed_dim"] = 30
-    payload.pop("checksum")
-    torch.save(payload | {"checksum": noprop.checksum(payload)}, "unfit.pt")
-    fails(capsys, 2, ["--evaluate", "unfit.pt"], "does not fit")
+    for change, word in (
+        ({"config": payload["config"] | {"embed_dim": 30}}, "does not fit its own config"),
+        ({"config": payload["config"] | {"embed_dim": "a"}}, "embed_dim"),
+        ({"config": payload["config"] | {"dataset": "cifar10"}}, "noprop_lab"),
+        ({"objective": "dt"}, "noprop_lab"),
+        ({"format": "noprop-example-1"}, "version 1"),
+        ({"format": "noprop-example-9"}, "another version"),
+    ):
+        torch.save(payload | change, "unfit.pt")
+        fails(capsys, 2, ["--evaluate", "unfit.pt"], "unfit.pt", word)
 
 
 def test_bad_pictures(capsys, tmp_path, trained):
@@ -205,25 +252,25 @@ def test_bad_pictures(capsys, tmp_path, trained):
     fails(capsys, 2, ["--predict", str(trained / "noprop_hybrid.pt")], "at least one image")
 
 
-@pytest.mark.parametrize("speed, told", [(1.0, True), (8.0, False)])
-def test_a_machine_that_is_slow_with_bfloat16_says_so(capsys, flags, monkeypatch, speed, told):
-    def peak(device, dtype=torch.float32, size=0):
-        return speed if dtype == torch.bfloat16 else 4.0
+def test_one_bad_picture_among_many_and_the_others_are_answered(capsys, tmp_path, trained, data):
+    (tmp_path / "bad.png").write_text("not a picture")
+    for i in range(2):
+        Image.fromarray(data.test.images[i, 0].numpy()).save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / name) for name in ("0.png", "bad.png", "1.png")]
+    assert noprop.main(["--predict", str(trained / "noprop_hybrid.pt"), *paths]) == 2
+    output = capsys.readouterr()
+    assert [line.split(": ")[1][0] for line in output.out.splitlines()] == ["7", "2"]
+    assert output.err.startswith("error: cannot read the image") and output.err.count("\n") == 1
 
-    monkeypatch.setattr(noprop, "matmul_peak", peak)
-    assert noprop.main([*flags, "--precision", "bfloat16"]) == 0
-    assert ("bfloat16 is 4.0 times slower than float32 here" in capsys.readouterr().out) == told
 
+def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path):
+    def poisoned(state, image, *rest):
+        return noprop.train_step(state, image * (float("nan") if state.step == 6 else 1), *rest)
 
-def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path, flags, monkeypatch):
-    flags = [*flags, "--epochs", "3"]
-    step = noprop.train_step
-
-    def poisoned(training, image, *rest):
-        return step(training, image * (float("nan") if training.step == 6 else 1), *rest)
-
-    monkeypatch.setattr(noprop, "train_step", poisoned)
-    fails(capsys, 3, flags, "loss of block 1 is nan in step 7")
+    config, options = noprop.Config(**TINY | {"epochs": 3}), noprop.Options(output_dir=tmp_path)
+    run = noprop.run, noprop.State(config), noprop.load_data(config), options, None, poisoned
+    assert noprop.guarded(*run) == 3
+    assert capsys.readouterr().err.startswith("error: loss of block 1 is nan in step 7")
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     assert checkpoint["training"]["step"] == 4
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
@@ -239,10 +286,12 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
     assert result.returncode == 1, result.stderr
     assert re.fullmatch(r"error: cannot write .*noprop_hybrid.pt: File too large\n", result.stderr)
     names = {path.name for path in tmp_path.iterdir()} - {".noprop_run.lock"}
-    assert names == {"noprop_hybrid.json", "training_progress_hybrid.png"}
+    assert names == {"noprop_hybrid.1.json", "training_progress_hybrid.png"}  # kept, and untouched
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signals_leave_whole_files(tmp_path, number, code):
     command = [
         sys.executable,
@@ -258,7 +307,7 @@ def test_signals_leave_whole_files(tmp_path, number, code):
     time.sleep(0.3)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == code and errors == "" and "Test accuracy" in output
+    assert process.returncode == 128 + number and errors == "" and "Test accuracy" in output
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     summary = json.loads((tmp_path / "noprop_hybrid.json").read_text())
     assert 1 <= summary["epochs"] == len(checkpoint["training"]["history"]) < 50 and not summary["finished"]
@@ -277,6 +326,46 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     assert not {"matplotlib", "optuna", "torchvision", "PIL", "tyro"} & set(result.stderr.split())
 
 
-def test_requirements_agree():
-    header = re.search(r"# dependencies = \[\n(.*?)# \]", (ROOT / "noprop_example.py").read_text(), re.DOTALL)
-    assert re.findall(r'"(.*?)"', header.group(1)) == (ROOT / "requirements.txt").read_text().split("\n")[:-1]
+@pytest.mark.parametrize("fault", ["backend", "style"])
+def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
+    """A backend that is not there: results, a line a picture, exit code 1; a style changes nothing."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    environment = (
+        {"MPLBACKEND": "nonsense"} if fault == "backend" else {"MATPLOTLIBRC": str(tmp_path)}
+    )
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *flags], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == (fault == "backend") and "Test accuracy" in run.stdout, run.stderr
+    assert run.stderr.count("error: no picture") == 2 * (fault == "backend") and "Traceback" not in run.stderr
+    assert (tmp_path / "noprop_hybrid.json").exists()
+    assert (tmp_path / "denoising_hybrid.png").exists() == (fault == "style")
+
+
+def test_a_reader_that_leaves_and_letters_that_a_console_lacks(flags, tmp_path):
+    """The run goes on where only a print failed."""
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    command = [sys.executable, SCRIPT, *flags, b"--output-dir=" + folder]
+    environment, pipe = os.environ | {"PYTHONIOENCODING": "ascii"}, subprocess.PIPE
+    run = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
+    assert run.stdout.readline().startswith(b"NoProp on cpu")
+    run.stdout.close()
+    assert run.wait(60) == 0 and run.stderr.read() == b""
+    run.stderr.close()
+    assert sorted(os.listdir(folder)) == [b".noprop_run.lock", *sorted(x.encode() for x in OUTPUTS)]
+    ascii_help = subprocess.run([sys.executable, SCRIPT, "--help"], env=environment, capture_output=True)
+    assert ascii_help.returncode == 0 and b"--train-images" in ascii_help.stdout
+
+
+OUTPUTS = [name.format("hybrid") for name in noprop.OUTPUTS]
+
+
+def test_the_script_runs_alone(tmp_path, flags):
+    """Copied into an empty folder beside data/."""
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    command = [sys.executable, "-P", "noprop_example.py", *flags[:-1]]
+    if sys.version_info < (3, 11):
+        command.remove("-P")
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stderr == "" and (tmp_path / "denoising_hybrid.png").exists()

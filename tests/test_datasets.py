@@ -1,53 +1,123 @@
 """Data sets beside MNIST, on small files of the right format; a reader's own pictures, made from MNIST."""
 
+import getpass
 import gzip
 import hashlib
+import os
 import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import noprop
+from conftest import CPU, noprop
+from laboratory import flags_of, lab, quick_lab, refused
 from PIL import Image
-from test_command_line import fails
 
-SMALL = ["--epochs=1", "--batch-size=64", "--num-blocks=2", "--block=small"]
-
-
-def write_idx(folder, prefix: str, images: torch.Tensor, labels: torch.Tensor) -> dict[str, str]:
-    """Two files in MNIST's format; their names and md5 sums."""
-    sums = {}
-    for name, values, dims in (
-        ("images-idx3", images, (len(images), 28, 28)),
-        ("labels-idx1", labels, (len(labels),)),
-    ):
-        header = bytes([0, 0, 8, len(dims)]) + b"".join(n.to_bytes(4, "big") for n in dims)
-        path = folder / f"{prefix}-{name}-ubyte.gz"
-        path.write_bytes(gzip.compress(header + values.to(torch.uint8).numpy().tobytes()))
-        sums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
-    return sums
+from noprop_lab import data as lab_data
+from noprop_lab.networks import load
+from noprop_lab.pictures import read_picture
+from noprop_lab.settings import SOURCES, LabConfig
 
 
-@pytest.mark.parametrize(("dataset", "name"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
-def test_files_in_the_format_of_mnist(tmp_path, data, monkeypatch, capsys, dataset, name):
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    with quick_lab(monkeypatch):
+        yield
+
+
+def small(dataset: str, root, out, *more: str) -> list[str]:
+    """The flags of a run of a moment."""
+    flags = flags_of(out, batch_size=64, num_blocks=2)
+    flags = [x for x in flags if "train-images" not in x]
+    return [*flags, "--block=small", f"--dataset={dataset}", f"--data-root={root}", *more]
+
+
+# --- Files like MNIST's ------------------------------------------------------------------------------------
+
+
+def idx_files(data: noprop.Data) -> dict[str, bytes]:
+    """The four files of 600 and 100 images in MNIST's format, unpacked."""
+    files = {}
+    for prefix, split, n in (("train", data.train, 600), ("t10k", data.test, 100)):
+        for name, values in (("images-idx3", split.images[:n, 0]), ("labels-idx1", split.labels[:n])):
+            header = bytes([0, 0, 8, values.ndim]) + b"".join(x.to_bytes(4, "big") for x in values.shape)
+            files[f"{prefix}-{name}-ubyte"] = header + values.to(torch.uint8).numpy().tobytes()
+    return files
+
+
+@pytest.fixture
+def fashion(data, monkeypatch) -> dict[str, bytes]:
+    """Small files in the place of Fashion-MNIST's."""
+    files = idx_files(data)
+    assert tuple(files) == lab_data.FILES
+    sums = tuple(hashlib.md5(content).hexdigest() for content in files.values())
+    monkeypatch.setitem(lab_data.MD5, "FashionMNIST", sums)
+    return files
+
+
+FASHION = LabConfig(dataset="fashion_mnist", batch_size=64)
+
+
+@pytest.mark.parametrize("place", ["FashionMNIST/raw", ""])
+@pytest.mark.parametrize("form", ["unpacked", "packed", "packed anew", "both"])
+def test_files_in_the_format_of_mnist(tmp_path, data, fashion, place, form):
+    """In torchvision's folder or a flat one; packed by whomever: their unpacked bytes are checked."""
+    (folder := tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for name, content in fashion.items():
+        if form != "unpacked":
+            packed = gzip.compress(content, 9 if form == "packed" else 1, mtime=0 if form == "packed" else 1)
+            (folder / f"{name}.gz").write_bytes(packed)
+        if form in ("unpacked", "both"):
+            (folder / name).write_bytes(content)
+    found = lab_data.load_data(FASHION, tmp_path)
+    assert [len(x.labels) for x in found[:3]] == [540, 60, 100]
+    assert torch.equal(found.test.images, data.test.images[:100])
+    assert torch.equal(found.test.labels, data.test.labels[:100])
+    pixels = torch.cat([found.train.images, found.val.images]).flatten(1).sort(0).values
+    assert torch.equal(pixels, data.train.images[:600].flatten(1).sort(0).values)
+    for name in ("t10k-labels-idx1-ubyte", "t10k-labels-idx1-ubyte.gz"):
+        if (victim := folder / name).exists():
+            content = fashion["t10k-labels-idx1-ubyte"][:-1] + b"\x0b"  # of a label, to one that there is not
+            victim.write_bytes(content if victim.suffix != ".gz" else gzip.compress(content))
+    with pytest.raises(noprop.Failure, match="t10k-labels-idx1-ubyte.* is damaged"):
+        lab_data.load_data(FASHION, tmp_path)
+
+
+def test_a_run_on_fashion_mnist(tmp_path, fashion, capsys):
+    """Its own block and epochs may be other ones: here and later."""
+    for name, content in fashion.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    flags = small("fashion_mnist", tmp_path, out := tmp_path / "out")
+    assert lab.main(["train", *flags]) == 0
+    output = capsys.readouterr().out
+    assert "540 images" in output and "(± for 100 images)" in output
+    accuracy = re.search(r"Test accuracy +(\S+)", output)[1]
+    path, root = out / "noprop_hybrid.pt", f"--data-root={tmp_path}"
+    assert lab.main(["evaluate", str(path), root]) == 0
+    assert f"Test accuracy {accuracy} ±" in capsys.readouterr().out
+    assert lab.main(["train", "--resume", f"--output-dir={out}", "--epochs=2", root]) == 0
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    refused(capsys, 2, ["train", *flags], "train-labels-idx1-ubyte.gz is damaged")
+
+
+def test_kmnist_is_checked_by_its_packed_files(tmp_path, data, monkeypatch, capsys):
     from torchvision import datasets
 
-    folder = tmp_path / name / "raw"
-    folder.mkdir(parents=True)
-    sums = write_idx(folder, "train", data.train.images[:600], data.train.labels[:600])
-    sums |= write_idx(folder, "t10k", data.test.images[:100], data.test.labels[:100])
-    monkeypatch.setattr(getattr(datasets, name), "resources", list(sums.items()))
-    arguments = [
-        f"--dataset={dataset}",
-        f"--data-root={tmp_path}",
-        f"--output-dir={tmp_path / 'out'}",
-        *SMALL,
-    ]
-    assert noprop.main(arguments) == 0
-    assert "540 images" in (output := capsys.readouterr().out) and "(± for 100 images)" in output
-    (folder / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
-    fails(capsys, 2, arguments, "train-labels-idx1-ubyte.gz is damaged")
+    (folder := tmp_path / "KMNIST" / "raw").mkdir(parents=True)
+    sums = []
+    for name, content in idx_files(data).items():
+        (folder / f"{name}.gz").write_bytes(packed := gzip.compress(content))
+        sums.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+    monkeypatch.setattr(datasets.KMNIST, "resources", sums)
+    flags = small("kmnist", tmp_path, tmp_path / "out")
+    found = lab_data.load_data(LabConfig(dataset="kmnist", batch_size=64), tmp_path)
+    assert [len(x.labels) for x in found[:3]] == [540, 60, 100] and found.augment is noprop.augment
+    victim = folder / "train-labels-idx1-ubyte.gz"
+    victim.with_suffix("").write_bytes(gzip.decompress(victim.read_bytes()))
+    for damage in (lambda: victim.write_bytes(b"damaged"), victim.unlink):
+        damage()
+        refused(capsys, 2, ["train", *flags], "train-labels-idx1-ubyte.gz is missing or damaged")
 
 
 @pytest.mark.parametrize("dataset", ["fashion_mnist", "kmnist", "cifar10", "cifar100"])
@@ -58,14 +128,25 @@ def test_a_data_set_that_is_absent_and_offline_tells_where_to_put_it(tmp_path, c
         raise OSError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    arguments = [
-        f"--dataset={dataset}",
-        f"--data-root={tmp_path}",
-        f"--output-dir={tmp_path / 'out'}",
-        *SMALL,
-    ]
     words = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
-    fails(capsys, 2, arguments, "can't be downloaded", words.get(dataset, "train-images-idx3-ubyte.gz"))
+    file = words.get(dataset, "train-images-idx3-ubyte.gz")
+    refused(capsys, 2, ["train", *small(dataset, tmp_path, tmp_path / "out")], "can't be downloaded", file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 12345"), OSError("no user name")])
+def test_a_user_without_a_name_is_a_number(monkeypatch, error):
+    """As in a container that runs under the number of somebody outside."""
+
+    def nobody():
+        raise error
+
+    assert lab_data.user() == getpass.getuser()
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert lab_data.user() == str(os.getuid())
+
+
+# --- Colour ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +156,7 @@ def test_cifar(tmp_path, monkeypatch, capsys, dataset, name, key):
     from torchvision import datasets
 
     source, rng = getattr(datasets, name), np.random.default_rng(0)
-    folder, classes = tmp_path / source.base_folder, noprop.SOURCES[dataset].classes
+    folder, classes = tmp_path / source.base_folder, SOURCES[dataset].classes
     folder.mkdir()
 
     def write(file: str, images: int) -> list[str]:
@@ -86,34 +167,50 @@ def test_cifar(tmp_path, monkeypatch, capsys, dataset, name, key):
 
     monkeypatch.setattr(source, "train_list", [write("train", 400)])
     monkeypatch.setattr(source, "test_list", [write("test", 100)])
-    (folder / source.meta["filename"]).write_bytes(
-        pickle.dumps({source.meta["key"]: list(map(str, range(classes)))})
-    )
-    digest = hashlib.md5((folder / source.meta["filename"]).read_bytes()).hexdigest()
-    monkeypatch.setattr(source, "meta", source.meta | {"md5": digest})
-    arguments = [
-        f"--dataset={dataset}",
-        f"--data-root={tmp_path}",
-        f"--output-dir={tmp_path / 'out'}",
-        *SMALL,
-    ]
-    assert noprop.main(arguments) == 0
-    model = noprop.load(tmp_path / "out" / "noprop_hybrid.pt")
+    names = {source.meta["key"]: list(map(str, range(classes)))}
+    (folder / source.meta["filename"]).write_bytes(content := pickle.dumps(names))
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": hashlib.md5(content).hexdigest()})
+    assert lab.main(["train", *small(dataset, tmp_path, tmp_path / "out")]) == 0
+    path = str(tmp_path / "out" / "noprop_hybrid.pt")
+    model = load(path)
     assert model.image_shape == (3, 32, 32) and model.classifier.out_features == classes
-    assert (
-        noprop.main(["--evaluate", str(tmp_path / "out" / "noprop_hybrid.pt"), f"--data-root={tmp_path}"])
-        == 0
-    )
+    assert lab.main(["evaluate", path, f"--data-root={tmp_path}"]) == 0
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     capsys.readouterr()
-    assert (
-        noprop.main(["--predict", str(tmp_path / "out" / "noprop_hybrid.pt"), str(tmp_path / "red.png")]) == 0
-    )
+    assert lab.main(["predict", path, str(tmp_path / "red.png")]) == 0
     assert re.match(r".*red.png: \d+  \(", capsys.readouterr().out)
 
 
-def write_pictures(root, split: noprop.Split, names: list[str]) -> None:
-    """Pictures of the digits 0, 1 and 7, each in the folder of its class."""
+def test_pictures_of_a_data_set_in_colour_keep_it(tmp_path):
+    """Cropped to the middle and scaled, channels first, upright, on white; grey where the data set is."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, 10:50] = (250, 10, 60)
+    pixels[20:, 10:50, 1] = 200  # green in the lower half
+    Image.fromarray(pixels).save(path := tmp_path / "wide.png")
+    cifar, folder = LabConfig(dataset="cifar10"), LabConfig(dataset="folder", classes=("a", "b"), image_size=40)
+    for config, size in ((cifar, 32), (folder, 40)):
+        image = read_picture(path, config)
+        assert image.dtype == torch.uint8 and image.shape == (3, size, size) and image.is_floating_point() is False
+        assert (image[0] == 250).all() and (image[2] == 60).all()  # nothing of the black sides
+        assert (image[1, : size // 2 - 2] == 10).all() and (image[1, size // 2 + 2 :] == 200).all()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(path := tmp_path / "turned.png", exif=exif)
+    assert (read_picture(path, cifar)[1, :12] == 200).all()
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(path := tmp_path / "clear.png")
+    assert (read_picture(path, cifar) == 255).all()
+    fashion = read_picture(tmp_path / "wide.png", LabConfig(dataset="fashion_mnist"))
+    assert fashion.shape == (1, 28, 28) and len(fashion.unique()) >= 2
+    Image.fromarray(np.full((50, 50), 130, np.uint8)).save(path := tmp_path / "grey.png")
+    assert (read_picture(path, cifar) == 130).all()
+
+
+# --- Folders of pictures -----------------------------------------------------------------------------------
+
+
+def write_pictures(root, split: noprop.Split, names: list[str], images: int) -> None:
+    """The first pictures of the digits 0, 1 and 7, each in the folder of its class."""
+    split = noprop.Split(*(x[:images] for x in split))
     for i, (image, label) in enumerate(zip(split.images[:, 0].numpy(), split.labels.tolist(), strict=True)):
         if label in (0, 1, 7):
             folder = root / names[(0, 1, 7).index(label)]
@@ -121,60 +218,98 @@ def write_pictures(root, split: noprop.Split, names: list[str]) -> None:
             Image.fromarray(image).convert("RGB").resize((40, 50)).save(folder / f"{i}.png")
 
 
+ORDER = ["zero", "one", "seven"]
+
+
 @pytest.mark.parametrize("layout", ["one folder", "train and test"])
-def test_a_folder_of_pictures(tmp_path, data, capsys, layout):
-    names, root = ["one", "seven", "zero"], tmp_path / "pictures"
-    order = ["zero", "one", "seven"]
-    train = noprop.Split(*(x[:3000] for x in data.train))
+def test_a_folder_of_pictures(tmp_path, data, capsys, layout, monkeypatch):
+    root, out = tmp_path / "pictures", tmp_path / "out"
     if layout == "one folder":
-        write_pictures(root, train, order)
+        write_pictures(root, data.train, ORDER, 2000)
     else:
-        write_pictures(root / "train", train, order)
-        write_pictures(root / "test", noprop.Split(*(x[:500] for x in data.test)), order)
-    out = tmp_path / "out"
-    arguments = ["--dataset=folder", f"--data-root={root}", f"--output-dir={out}"]
-    assert noprop.main([*arguments, "--epochs=10", "--batch-size=32", "--num-blocks=2", "--lr=0.005"]) == 0
+        write_pictures(root / "train", data.train, ORDER, 2000)
+        write_pictures(root / "test", data.test, ORDER, 400)
+    flags = small("folder", root, out, "--image-size=28")
+    assert lab.main(["train", *flags, "--epochs=10", "--batch-size=32", "--lr=0.005"]) == 0
     accuracy = float(re.search(r"Test accuracy +(\S+)", capsys.readouterr().out)[1])
-    assert accuracy > 90
-    assert noprop.load(out / "noprop_hybrid.pt").config.classes == tuple(names)
+    assert accuracy > 85
+    path = out / "noprop_hybrid.pt"
+    assert load(path).config.classes == ("one", "seven", "zero")
     picture = next((root / ("train" if layout != "one folder" else "") / "seven").glob("*.png"))
-    assert noprop.main(["--predict", str(out / "noprop_hybrid.pt"), str(picture)]) == 0
-    assert re.match(rf"{picture}: (one|seven|zero)  \(", capsys.readouterr().out)
-    assert noprop.main(["--evaluate", str(out / "noprop_hybrid.pt"), f"--data-root={root}"]) == 0
+    assert lab.main(["evaluate", str(path), f"--data-root={root}"]) == 0
     assert f"Test accuracy {accuracy:.2f}" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert lab.main(["predict", str(path), str(picture)]) == 0  # and does not need the folder
+    assert re.match(rf"{picture}: (one|seven|zero)  \(", capsys.readouterr().out)
+
+
+def test_a_folder_to_which_something_was_added_is_not_gone_on_with(tmp_path, data, capsys):
+    root, out = tmp_path / "pictures", tmp_path / "out"
+    write_pictures(root, data.train, ORDER, 900)
+    assert lab.main(["train", *small("folder", root, out)]) == 0
+    resume = ["train", "--resume", f"--output-dir={out}", f"--data-root={root}"]
+    assert lab.main([*resume, "--epochs=2"]) == 0
+    Image.new("RGB", (40, 50), "blue").save(added := root / "one" / "added.png")
+    refused(capsys, 2, resume, "the images are not those that", "noprop_hybrid.pt was trained on")
+    added.unlink()
+    (root / "two").mkdir()
+    Image.new("RGB", (40, 50), "blue").save(root / "two" / "added.png")
+    refused(capsys, 2, resume, "has the classes one seven zero", "one seven two zero", "--classes one seven")
+    assert lab.main([*resume, "--classes", "one", "seven", "zero"]) == 0
+    refused(capsys, 2, [*resume, "--classes", "one", "two"], "--classes ('one', 'two') contradicts")
+
+
+def test_some_of_the_classes(tmp_path, data):
+    write_pictures(tmp_path, data.train, ORDER, 900)
+    flags = small("folder", tmp_path, tmp_path / "out", "--classes", "zero", "one")
+    assert lab.main(["train", *flags]) == 0
+    assert load(path := tmp_path / "out" / "noprop_hybrid.pt").config.classes == ("zero", "one")
+    assert lab.main(["train", *flags, "--resume"]) == 0
+    assert lab.main(["evaluate", str(path), f"--data-root={tmp_path}"]) == 0
 
 
 def test_the_pictures_for_testing_are_not_trained_on_and_stay_when_others_are_added(tmp_path, data):
-    names, digits = ["zero", "one", "seven"], noprop.Split(*(x[:1500] for x in data.train))
-    write_pictures(tmp_path, digits, names)
-    config = noprop.Config(dataset="folder", classes=tuple(sorted(names)), data_root=tmp_path)
-    train, test = (
-        {image.numpy().tobytes() for image in split.images} for split in noprop.read_folder(tmp_path, config)
-    )
+    write_pictures(tmp_path, data.train, ORDER, 1500)
+    config = LabConfig(dataset="folder", classes=tuple(sorted(ORDER)))
+
+    def read() -> list[set[bytes]]:
+        splits = lab_data.read_folder(tmp_path, config)
+        return [{image.numpy().tobytes() for image in split.images} for split in splits]
+
+    train, test = read()
     pictures = len(list(tmp_path.glob("*/*.png")))
     assert not train & test and len(train) + len(test) == pictures and 4 < pictures / len(test) < 9
     Image.new("RGB", (40, 50), "blue").save(tmp_path / "one" / "0000.png")
-    again = {image.numpy().tobytes() for image in noprop.read_folder(tmp_path, config)[1].images}
-    assert test <= again
+    assert test <= read()[1]
 
 
 def test_bad_folders(tmp_path, capsys):
-    arguments = ["--dataset=folder", f"--output-dir={tmp_path / 'out'}"]
-    fails(capsys, 2, [*arguments, f"--data-root={tmp_path / 'none'}"], "a folder of pictures for each class")
+    flags = ["train", "--dataset=folder", f"--output-dir={tmp_path / 'out'}"]
+    refused(capsys, 2, [*flags, f"--data-root={tmp_path / 'none'}"], "a folder of pictures for each class")
     for name in ("a", "b"):
         (tmp_path / "x" / name).mkdir(parents=True)
-    fails(capsys, 2, [*arguments, f"--data-root={tmp_path / 'x'}"], "cannot read the pictures")
+    root = f"--data-root={tmp_path / 'x'}"
+    refused(capsys, 2, [*flags, root], "cannot read the pictures")
     for i in range(20):
         (tmp_path / "x" / "ab"[i % 2] / f"{i}.png").write_text("no picture")
-    fails(capsys, 2, [*arguments, f"--data-root={tmp_path / 'x'}"], "cannot read the image", ".png")
+    refused(capsys, 2, [*flags, root], "cannot read the image", ".png")
+    refused(capsys, 2, [*flags, root, "--classes", "a", "c"], "cannot read the pictures")
+    for path in (tmp_path / "x").glob("*/1?.png"):
+        path.unlink()
+    refused(capsys, 2, [*flags, root], "has too few pictures")
 
 
-def test_mirror_images_where_they_are_as_good(data, monkeypatch):
+def test_mirror_images_where_they_are_as_good(data, monkeypatch, fashion, tmp_path):
     """Half of the images are mirrored left to right, where the data set allows it."""
     images = noprop.to_float(data.train.images[:200])
     monkeypatch.setattr(noprop.F, "grid_sample", lambda images, *_, **__: images)
-    plain, mirrored = (noprop.augment(images, noprop.generator("a"), flip) for flip in (False, True))
+    plain, mirrored = (how(images, noprop.generator("a")) for how in (noprop.augment, lab_data.augment_or_mirror))
     same = (mirrored == images).flatten(1).all(1)
     other = (mirrored == images.flip(3)).flatten(1).all(1)
     assert torch.equal(plain, images) and (same ^ other).all() and 70 < other.sum() < 130
-    assert not noprop.Config().source.flip and noprop.SOURCES["fashion_mnist"].flip
+    for name, content in fashion.items():
+        (tmp_path / name).write_bytes(content)
+    assert lab_data.load_data(FASHION, tmp_path, CPU).augment is lab_data.augment_or_mirror
+    off = LabConfig(dataset="fashion_mnist", batch_size=64, augment=False)
+    assert lab_data.load_data(off, tmp_path).augment is None
+    assert not SOURCES["mnist"].flip and not SOURCES["kmnist"].flip and SOURCES["cifar10"].flip

@@ -52,20 +52,21 @@ def test_ddpm_form_equals_u_hat_form():
         torch.testing.assert_close(a[t - 1] * u_hat + b[t - 1] * z[t - 1], ddpm)
 
 
-@pytest.mark.parametrize("target", ["label", "noise"])
+@pytest.mark.parametrize("target", ["label", "noise", "classes"])
 def test_hybrid_loss_is_a_constant_times_the_noise_error(target):
-    block = noprop.DenoisingBlockPaper(target=target).double()
-    image, u, noise = (
-        torch.rand(8, 1, 28, 28).double(),
-        torch.randn(8, 20).double(),
-        torch.randn(8, 20).double(),
-    )
-    for level in noprop.cosine_schedule(10)[:-1].tolist():
-        loss, u_hat = noprop.block_loss(block, image, u, noise, level, eta=2.0, lam=1.0)
-        z = noprop.noisy_label(u, noise, level)
-        error = nn.functional.mse_loss(block(image, z, level), noise)
-        torch.testing.assert_close(loss, (2.0 + 1.0 * (1 - level) / level) * error)
-        torch.testing.assert_close(noprop.noisy_label(u_hat, block(image, z, level), level), z)
+    """(η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε), of z = √ᾱ u + √(1-ᾱ) ε, at the level ᾱ_{t-1}; and û is z without the ε̂."""
+    block, W = noprop.DenoisingBlockPaper(target=target).double(), torch.randn(10, 20).double()
+    image, noise = torch.rand(8, 1, 28, 28).double(), torch.randn(8, 20).double()
+    label, alpha_bar = torch.arange(8), noprop.cosine_schedule(10)
+    for t in (1, 6, 10):
+        draw = lambda purpose, shape: {"noise": noise}[purpose]  # noqa: E731
+        loss, u_hat = noprop.Hybrid(2.0, 1.0).block_loss(block, t, alpha_bar, image, label, W, draw)
+        level = alpha_bar[t - 1]
+        z = level.sqrt() * W[:8] + (1 - level).sqrt() * noise
+        eps_hat = block(image, z, level.item(), W)
+        error = (eps_hat - noise).square().mean()
+        torch.testing.assert_close(loss, (2 + (1 - level) / level) * error)
+        torch.testing.assert_close(level.sqrt() * u_hat + (1 - level).sqrt() * eps_hat, z)
 
 
 class Oracle(nn.Module):
@@ -81,9 +82,8 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
     u, noise = embedding[label].double(), torch.Generator().manual_seed(0)
     z = torch.randn(u.shape, generator=noise, dtype=torch.float64)
     alpha_bar = noprop.cosine_schedule(10)
-    steps = noprop.reverse_steps(alpha_bar, equal_weights=False)
-    steps = noprop.reverse_process([Oracle()] * 10, u, z, steps, 1.0, noise)
-    for level, (u_hat, z) in zip(alpha_bar[1:].tolist(), steps, strict=True):  # noqa: B020
+    for level, step in zip(alpha_bar[1:].tolist(), noprop.reverse_steps(alpha_bar), strict=True):
+        u_hat, z = noprop.reverse_step(Oracle(), step, u, z, None, 1.0, noise)
         residual = (z - level**0.5 * u) / (1 - level) ** 0.5  # N(0, I) if z is from q(z_t | y)
         assert abs(residual.mean().item()) < 3e-3
         assert abs(residual.var().item() - 1) < 3e-3
@@ -92,12 +92,7 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
 
 
 def test_blocks_have_the_stated_sizes():
-    sizes = {
-        name: noprop.DenoisingBlockPaper(**arguments)
-        for name, arguments in noprop.BLOCKS.items()
-        if name != "paper"
-    }
-    sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in sizes.items()}
+    sizes = {name: sum(p.numel() for p in block().parameters()) for name, block in noprop.BLOCKS.items()}
     assert sizes == pytest.approx({"small": 51_000, "deep": 129_000, "reference": 628_000}, rel=0.01)
 
 
@@ -107,3 +102,31 @@ def test_any_number_of_blocks(num_blocks, data):
     probabilities = model.probabilities(data.test.images[:5])
     assert probabilities.shape == (5, num_blocks, 10) and probabilities.isfinite().all()
     assert torch.equal(model.predict(data.test.images[:5]), probabilities[:, -1].argmax(-1))
+
+
+def test_without_temperature_nothing_is_drawn():
+    """Neither from the caller's generator nor from torch's own."""
+    model, noise, image = noprop.NoProp(2).eval(), torch.Generator().manual_seed(1), torch.rand(3, 1, 28, 28)
+    before = noise.get_state(), torch.get_rng_state()
+    with torch.inference_mode():
+        cold, again = model(image, 0.0, noise), model(image)
+        assert torch.equal(cold, again) and torch.equal(noise.get_state(), before[0])
+        assert not torch.equal(model(image, 1.0, noise), cold)
+    assert torch.equal(torch.get_rng_state(), before[1]) and not torch.equal(noise.get_state(), before[0])
+
+
+def test_z_0_has_the_temperature_as_its_deviation():
+    model, image = noprop.NoProp(1), torch.zeros(20_000, 1, 1, 1)
+    for temperature in (0.0, 0.5, 1.0):
+        z = model.start(image, temperature, torch.Generator().manual_seed(0))
+        assert z.shape == (20_000, 20) and abs(z.std().item() - temperature) < 0.01
+
+
+@pytest.mark.parametrize(
+    "images", [torch.rand(2, 27, 28), torch.rand(2, 28, 28) * 255, torch.full((2, 28, 28), torch.nan)]
+)
+def test_images_that_are_none_are_refused(images):
+    with pytest.raises(ValueError, match="images"):
+        noprop.NoProp(1).predict(images)
+    with pytest.raises(ValueError, match="images"):
+        noprop.NoProp(1).predict(torch.zeros(2, 28, 28, dtype=torch.int64))

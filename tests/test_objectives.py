@@ -1,13 +1,26 @@
-"""The paper's own NoProp-DT and the backprop twin: their mathematics, their isolation, their files."""
+"""The paper's own NoProp-DT, the twin, early exit: their mathematics, their isolation, their files."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, TINY, noprop, same, train_tiny
-from test_command_line import fails
-from test_isolation import Recorder
+from conftest import CPU, TINY, noprop, same
+from laboratory import equal, flags_of, lab, quick_lab, refused, tiny
 from torch import nn
+
+from noprop_lab import backprop, dt
+from noprop_lab.backprop import BackpropConfig
+from noprop_lab.dt import DT, DTConfig
+from noprop_lab.early_exit import early_exit
+from noprop_lab.networks import LabState, load
+from noprop_lab.settings import LabConfig
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    with quick_lab(monkeypatch):
+        yield
 
 
 @pytest.fixture
@@ -15,26 +28,45 @@ def batch(data):
     return noprop.to_float(data.train.images[:128]), data.train.labels[:128]
 
 
-def dt_config(**changes) -> noprop.Config:
-    return noprop.Config(**TINY | noprop.OBJECTIVES["dt"] | {"objective": "dt"} | changes)
+class Recorder:
+    """Stands for an optimizer: leaves weights and gradients as they are."""
+
+    param_groups = [{}]
+
+    def step(self):
+        pass
+
+    def zero_grad(self, set_to_none: bool):
+        pass
+
+
+# --- NoProp-DT ---------------------------------------------------------------------------------------------
 
 
 def test_loss_and_kl_are_those_of_the_paper():
     block = noprop.DenoisingBlockPaper(target="classes").double()
-    image, u, noise, w = (torch.rand(size).double() for size in ((8, 1, 28, 28), (8, 20), (8, 20), (10, 20)))
-    alpha_bar = noprop.cosine_schedule(10)
+    image, W, label = torch.rand(8, 1, 28, 28).double(), torch.rand(10, 20).double(), torch.arange(8)
+    alpha_bar, u = noprop.cosine_schedule(10), W[label]
     snr, weights = alpha_bar / (1 - alpha_bar), []
+
+    def draw(purpose, shape, kind=torch.randn):
+        return kind(shape, generator=noprop.generator(purpose), dtype=torch.float64)
+
     for t in range(1, 11):
-        loss, u_hat = noprop.dt_loss(block, image, u, noise, alpha_bar, t, 0.1, w)
+        loss, u_hat = DT(DTConfig()).block_loss(block, t, alpha_bar, image, label, W, draw)
         weights.append((loss / (u_hat - u).square().sum(1).mean()).item())
     torch.testing.assert_close(torch.tensor(weights).double(), 10 / 2 * 0.1 * (snr[1:] - snr[:-1]))
     level = alpha_bar[0].item()
     q = torch.distributions.Normal(level**0.5 * u, (1 - level) ** 0.5)
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(1).mean()
-    torch.testing.assert_close(noprop.kl_to_noise(u, level), kl)
+    torch.testing.assert_close(dt.kl_to_noise(u, level), kl)
+    classifier = nn.Linear(20, 10).double()
+    head = DT(DTConfig()).head_loss(classifier, torch.zeros(8, 20), label, W, draw)
+    z = noprop.noisy_label(u, draw("z_T", u.shape), 0.999)  # not û, of which nothing is read
+    torch.testing.assert_close(head, nn.functional.cross_entropy(classifier(z), label) + kl)
 
 
-@pytest.mark.parametrize("kind", [noprop.DenoisingBlockPaper, noprop.PaperBlock])
+@pytest.mark.parametrize("kind", [noprop.DenoisingBlockPaper, dt.PaperBlock])
 def test_the_estimate_is_a_mean_of_the_embeddings(kind):
     block = kind(target="classes").double().eval()
     image, z, w = torch.rand(4, 1, 28, 28).double(), torch.randn(4, 20).double(), torch.randn(10, 20).double()
@@ -46,130 +78,217 @@ def test_the_estimate_is_a_mean_of_the_embeddings(kind):
 
 
 def test_the_papers_block_has_its_size():
-    assert sum(x.numel() for x in noprop.PaperBlock().parameters()) == pytest.approx(2.0e6, rel=0.02)
+    assert sum(x.numel() for x in dt.PaperBlock().parameters()) == pytest.approx(2.0e6, rel=0.02)
 
 
 @pytest.mark.parametrize("t", [1, 3])
 def test_a_dt_block_is_trained_alone(batch, t):
     """And its classifier reads z_T, drawn from q(z_T | y): no gradient goes from it into block T."""
-    (image, label), results = batch, []
+    results = []
     for scale in (1.0, 1e3):
-        training = noprop.Training(dt_config(), CPU)
-        before = {name: x.clone() for name, x in training.model.state_dict().items()}
-        training.model.classifier.weight.data *= scale
-        noprop.train_block(training, t, image, training.model.label_embedding(label), label, 1e-3)
-        after = training.model.state_dict()
+        state = LabState(DTConfig(**TINY))
+        before = {name: x.clone() for name, x in state.model.state_dict().items()}
+        state.model.classifier.weight.data *= scale
+        noprop.train_block(state, t, *batch, 1e-3)
+        after = state.model.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        own = (f"blocks.{t - 1}.",) + (("classifier.",) if t == 3 else ())
-        own += ("classifier.",) if scale > 1 else ()
+        own = (f"blocks.{t - 1}.",) + (("classifier.",) if t == 3 or scale > 1 else ())
         assert changed and all(name.startswith(own) for name in changed)
-        results.append(training.model.blocks[t - 1].state_dict())
+        results.append(state.model.blocks[t - 1].state_dict())
     assert same(*results)
 
 
-def test_the_embedding_gets_the_gradient_of_all_losses_through_u_and_w(batch):
+def test_the_embedding_gets_the_gradient_of_all_losses(batch):
     """What the blocks hand over adds up to the gradient of the sum of all losses, nothing detached."""
-    (image, label), config = batch, dt_config(grad_clip=1e9)
-    training = noprop.Training(config, CPU)
-    training.optimizers = {name: Recorder() for name in training.parts}
-    noprop.train_step(training, image, label, 1e-3)
-    found = training.parts["label_embedding"].grad.view(10, 20)
-    other = noprop.Training(config, CPU)
-    model, total = other.model, 0
-    u, w = model.label_embedding(label), model.label_embedding.weight
+    (image, label), config = batch, DTConfig(**TINY, grad_clip=1e9)
+    state = LabState(config)
+    state.optimizers = {name: Recorder() for name in state.parts}
+    noprop.train_step(state, image, label, 1e-3)
+    found = state.parts["label_embedding"].grad.view(10, 20)
+    model, total = LabState(config).model, 0
+    objective, W = state.objective, model.label_embedding.weight
     for t, block in enumerate(model.blocks, start=1):
-        noise = torch.randn(u.shape, generator=noprop.generator(config.seed, "noise", t, 0))
-        loss, u_hat = noprop.dt_loss(block, image, u, noise, model.alpha_bar, t, config.eta_loss_weight, w)
+
+        def draw(purpose, shape, kind=torch.randn, t=t):
+            return kind(shape, generator=noprop.generator(config.seed, purpose, t, 0))
+
+        loss, u_hat = objective.block_loss(block, t, model.alpha_bar, image, label, W, draw)
         total = total + loss
-    total = total + noprop.classifier_loss(other, u_hat, u, label)
-    torch.testing.assert_close(found, torch.autograd.grad(total, w)[0], rtol=1e-3, atol=1e-4)
-
-
-def test_the_twin_is_trained_through_all_blocks(batch):
-    training = noprop.Training(noprop.Config(**TINY, objective="backprop"), CPU)
-    before = {name: x.clone() for name, x in training.model.state_dict().items()}
-    noprop.train_step(training, *batch, 1e-3)
-    after = training.model.state_dict()
-    same_parts = {name.split(".")[0] for name in before if torch.equal(before[name], after[name])}
-    assert same_parts == {"label_embedding"}
-    training.model.zero_grad()
-    nn.functional.cross_entropy(training.model(batch[0])[:, -1], batch[1]).backward()
-    assert all(parameter.grad.any() for parameter in training.model.blocks[0].image.parameters())
+    total = total + objective.head_loss(model.classifier, u_hat, label, W, draw)
+    torch.testing.assert_close(found, torch.autograd.grad(total, W)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_prototypes_are_the_most_central_images(small_data):
-    found = noprop.prototypes(small_data.train, 10)
+    found = dt.prototypes(small_data.train, 10)
     images, labels = noprop.to_float(small_data.train.images).flatten(1), small_data.train.labels
     for label in range(10):
         own = images[labels == label]
         medians = [torch.stack([(x - y).norm() for y in own]).median() for x in own]
         assert torch.equal(found[label], own[torch.stack(medians).argmin()])
-    training = noprop.Training(dt_config(embedding="prototype"), CPU, small_data.train)
-    assert torch.equal(training.model.label_embedding.weight, found)
-    assert torch.equal(training.averaged.label_embedding.weight, found)
+    state = LabState(DTConfig(**TINY, embedding="prototype"), CPU, small_data)
+    assert torch.equal(state.model.label_embedding.weight, found)
+    assert torch.equal(state.averaged.label_embedding.weight, found)
+    with pytest.raises(noprop.Failure, match="class 9 has none"):
+        few = labels < 9
+        dt.prototypes(noprop.Split(small_data.train.images[few], labels[few]), 10)
 
 
 @pytest.mark.parametrize("embedding", ["learned", "fixed", "onehot", "prototype"])
 def test_what_becomes_of_the_embedding(small_data, embedding):
-    training = noprop.Training(dt_config(embedding=embedding), CPU, small_data.train)
-    start = training.model.label_embedding.weight.clone()
-    list(noprop.train(training, small_data))
-    moved = not torch.equal(start, training.model.label_embedding.weight)
+    config = DTConfig(**TINY, embedding=embedding)
+    start = LabState(config, CPU, small_data).model.label_embedding.weight
+    moved = not torch.equal(start, tiny(small_data, config).model.label_embedding.weight)
     assert moved == (embedding in ("learned", "prototype"))
     if embedding == "onehot":
         assert torch.equal(start, torch.eye(10))
 
 
 def test_threads_change_no_bit_of_a_network_with_dropout(small_data):
-    paper = noprop.PRESETS["paper"] | {"num_blocks": 2}
-    one, two = (train_tiny(small_data, threads, **paper | {"epochs": 1}) for threads in (1, 2))
+    config = DTConfig.paper(**TINY | {"num_blocks": 2, "train_images": 256})
+    data = small_data._replace(train=noprop.Split(*(x[:256] for x in small_data.train)))
+    one, two = (tiny(data, config, threads) for threads in (1, 2))
     assert same(one.averaged.state_dict(), two.averaged.state_dict())
 
 
-@pytest.mark.parametrize("objective", ["dt", "backprop"])
-def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, flags, objective, capsys):
-    flags = [*flags, f"--objective={objective}"]
-    assert noprop.main([*flags, "--epochs=2"]) == 0
-    names = {name.format(objective) for name in noprop.OUTPUTS}
-    assert {path.name for path in tmp_path.glob("[!.]*")} == names
-    checkpoint = tmp_path / f"noprop_{objective}.pt"
-    weights = noprop.load(checkpoint).state_dict()
-    assert noprop.main(["--evaluate", str(checkpoint)]) == 0
-    capsys.readouterr()
-    evaluate = ["--evaluate", str(checkpoint), "--temperature=0"]  # dt samples where no flag says otherwise
-    assert noprop.main([*evaluate, "--early-exit=0.999999999"]) == noprop.main(evaluate) == 0
-    exit_late, chain = re.findall("Test accuracy (.*)", capsys.readouterr().out)
-    assert exit_late == chain
-    fails(capsys, 2, [*evaluate, "--lr=1"], "--lr 1.0 contradicts")
-    if objective == "dt":
-        fails(capsys, 2, [*evaluate[:2], "--early-exit=0.9"], "early_exit does not sample")
-    assert noprop.main([*flags, "--epochs=2", "--resume"]) == 0
-    assert "2 epochs and 8 steps are done" in capsys.readouterr().out
-    assert same(noprop.load(checkpoint).state_dict(), weights)
-
-
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
-        (["--objective=backprop", "--blocks=1", "--embedding=fixed"], "backprop trains all blocks as one"),
-        (
-            ["--objective=backprop", "--eta-loss-weight=1"],
-            "eta_loss_weight has no effect on objective backprop",
-        ),
-        (["--objective=dt", "--lambda-global=2"], "lambda_global has no effect on objective dt"),
-        (["--embedding=onehot", "--embed-dim=30"], "embedding onehot has 10 dimensions"),
-        (["--objective=none"], "--objective"),
-    ],
-)
-def test_bad_flags(tmp_path, capsys, flags, more, word):
-    fails(capsys, 2, [*flags, *more], word)
+def test_the_hybrid_loss_may_have_a_classifier_that_reads_z(batch):
+    state = LabState(LabConfig(**TINY, classify="z"))
+    image, zeros = batch[0][:4], torch.zeros(4, 20)
+    assert torch.equal(state.model.classify(zeros, zeros + 1), state.model.classifier(zeros + 1))
+    before = {name: x.clone() for name, x in state.model.state_dict().items()}
+    noprop.train_step(state, *batch, 1e-3)
+    assert not torch.equal(before["classifier.weight"], state.model.classifier.weight)
+    assert state.model(image).isfinite().all()
 
 
 def test_dt_learns(data):
-    """Two epochs on 12,000 images, three blocks, the embedding fixed: see EVIDENCE.md for a learned one."""
+    """Two epochs on 12,000 images, three blocks, the embedding fixed: see docs/evidence.md for a learned one."""
     train = noprop.Split(data.train.images[:12_000], data.train.labels[:12_000])
-    small = noprop.Data(train, *(noprop.Split(x.images[:2000], x.labels[:2000]) for x in data[1:]))
-    training = noprop.Training(dt_config(train_images=None, epochs=2, embedding="fixed"), CPU)
-    with noprop.workers(CPU, 2) as parallel:
-        accuracies = [record["val_accuracy"] for record in noprop.train(training, small, parallel)]
-    assert accuracies[-1] > 85
+    val, test = (noprop.Split(x.images[:2000], x.labels[:2000]) for x in data[1:3])
+    config = DTConfig(**TINY | {"train_images": None, "epochs": 2}, embedding="fixed")
+    state = tiny(data._replace(train=train, val=val, test=test), config, threads=2)
+    assert state.history[-1]["val_accuracy"] > 85
+
+
+# --- The twin ----------------------------------------------------------------------------------------------
+
+
+def test_the_twin_is_trained_through_all_blocks(batch):
+    state = LabState(BackpropConfig(**TINY))
+    before = {name: x.clone() for name, x in state.model.state_dict().items()}
+    backprop.train_step(state, *batch, 1e-3)
+    after = state.model.state_dict()
+    same_parts = {name.split(".")[0] for name in before if torch.equal(before[name], after[name])}
+    assert same_parts == {"label_embedding"}
+    state.model.zero_grad()
+    nn.functional.cross_entropy(state.model(batch[0])[:, -1], batch[1]).backward()
+    assert all(parameter.grad.any() for parameter in state.model.blocks[0].image.parameters())
+
+
+def test_all_threads_of_the_twin_share_a_step_and_are_given_back(batch, monkeypatch):
+    """The step's number of threads is the config's, whatever --threads says; also where the step raises."""
+    state, seen = LabState(BackpropConfig(**TINY, step_threads=3)), []
+    forward = type(state.model).forward
+
+    def watched(model, *arguments):
+        seen.append(torch.get_num_threads())
+        return forward(model, *arguments)
+
+    monkeypatch.setattr(type(state.model), "forward", watched)
+    with noprop.workers(CPU, 1) as parallel:
+        backprop.train_step(state, *batch, 1e-3, parallel)
+        assert seen == [3] and torch.get_num_threads() == 1
+        with pytest.raises(RuntimeError):
+            backprop.train_step(state, batch[0][:, :, :20], batch[1], 1e-3, parallel)
+        assert seen == [3, 3] and torch.get_num_threads() == 1
+
+
+def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):
+    """Its last bits depend on them, so that one run has one number."""
+    flags = flags_of(tmp_path, "--objective=backprop", num_blocks=1)
+    assert lab.main(["train", *flags, "--threads=2"]) == 0
+    path, resume = tmp_path / "noprop_backprop.pt", ["train", "--resume", f"--output-dir={tmp_path}"]
+    assert noprop.read_checkpoint(path)["config"]["step_threads"] == 2
+    refused(capsys, 2, [*resume, "--threads=1"], "--threads 1 contradicts", "trained with 2")
+    refused(capsys, 2, [*resume, "--step-threads=1"], "--step-threads 1 contradicts")
+    assert lab.main([*resume, "--epochs=2", "--threads=2"]) == 0
+    assert lab.main([*resume, "--epochs=3"]) == 0  # on any machine
+    content = noprop.read_checkpoint(path)
+    assert (content["config"]["step_threads"], content["training"]["step"]) == (2, 12)
+    assert lab.main(["evaluate", str(path), "--threads=1"]) == 0
+
+
+# --- Both --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [DTConfig(**TINY), BackpropConfig(**TINY, step_threads=1)])
+def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
+    exact = tiny(small_data, config)
+    config = replace(config, precision="bfloat16")
+    short, again = (tiny(small_data, config, threads) for threads in (1, 2))
+    assert same(short.averaged.state_dict(), again.averaged.state_dict())
+    assert not same(short.averaged.state_dict(), exact.averaged.state_dict())
+    assert all(x.dtype in (torch.float32, torch.int64) for x in short.model.state_dict().values())
+    for name in ("block_losses", "classifier_loss"):
+        assert short.history[0][name] == pytest.approx(exact.history[0][name], rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["dt", "backprop"])
+def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, objective, capsys):
+    flags = ["train", *flags_of(tmp_path, f"--objective={objective}", "--threads=1", epochs=2)]
+    assert lab.main(flags) == 0
+    names = {name.format(objective) for name in noprop.OUTPUTS}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == names
+    checkpoint = tmp_path / f"noprop_{objective}.pt"
+    before = noprop.read_checkpoint(checkpoint)
+    evaluate = ["evaluate", str(checkpoint), "--temperature=0"]  # dt samples where no flag says otherwise
+    capsys.readouterr()
+    assert lab.main([*evaluate, "--early-exit=0.999999999"]) == lab.main(evaluate) == 0
+    exit_late, chain = re.findall("Test accuracy (.*)", capsys.readouterr().out)
+    assert exit_late == chain
+    if objective == "dt":
+        refused(capsys, 2, [*evaluate[:2], "--early-exit=0.9"], "--early-exit does not sample")
+    assert lab.main([*flags, "--resume"]) == 0
+    assert "2 epochs and 8 steps are done" in capsys.readouterr().out
+    assert equal(noprop.read_checkpoint(checkpoint), before)
+
+
+# --- Early exit --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """Five blocks that know their digits."""
+    folder = tmp_path_factory.mktemp("network")
+    flags = flags_of(folder, train_images=8_000, epochs=2, num_blocks=5, lr=0.01)
+    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+        assert lab.main(["train", *flags]) == 0
+    return folder / "noprop_hybrid.pt"
+
+
+def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(network, data):
+    model, images = load(network), data.test.images[:600]
+    whole = model.probabilities(images)  # (N, T, classes)
+    answers, blocks = early_exit(model, images, 0.9)
+    sure = whole.amax(-1) > 0.9
+    sure[:, -1] = True  # nobody goes further
+    first = sure.int().argmax(1)
+    assert torch.equal(blocks.long(), first + 1) and len(first.unique()) > 3
+    torch.testing.assert_close(answers, whole[torch.arange(600), first])
+    late, blocks = early_exit(model, images, 1.0)  # without a threshold, all blocks
+    torch.testing.assert_close(late, whole[:, -1])
+    assert (blocks == 5).all()
+    with pytest.raises(ValueError, match="images must be"):
+        early_exit(model, images[:, :, :20], 0.9)
+
+
+def test_evaluation_and_prediction_with_early_exit(network, data, tmp_path, capsys):
+    from PIL import Image
+
+    capsys.readouterr()
+    assert lab.main(["evaluate", str(network), "--early-exit", "0.5"]) == 0
+    found = re.match(r"Early exit: (.*) of 5 blocks an image.\nTest accuracy (.*) ±", capsys.readouterr().out)
+    assert 1 < float(found[1]) < 3 and float(found[2]) > 85
+    Image.fromarray(data.test.images[0, 0].numpy()).save(tmp_path / "seven.png")
+    for more in ([], ["--early-exit=0.5"]):
+        assert lab.main(["predict", str(network), str(tmp_path / "seven.png"), *more]) == 0
+        assert "seven.png: 7  (7: " in capsys.readouterr().out

@@ -1,13 +1,14 @@
 """Nothing is lost: exact resume, whole files, one run a folder."""
 
-import io
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, noprop
+from conftest import ROOT, TINY, noprop
 from test_command_line import fails
 
 from benchmarks.faults import fingerprint
@@ -27,24 +28,26 @@ def tiny_flags(folder) -> list[str]:
     ]
 
 
-def stop_after(monkeypatch, step: int) -> None:
-    """Ctrl-C in that step of the next run."""
-    original = noprop.train_step
+def stopping_after(step: int):
+    """A train_step() with a Ctrl-C in that step."""
 
-    def train_step(training, *rest):
-        losses = original(training, *rest)
-        if training.step == step:
-            noprop.signal.raise_signal(noprop.signal.SIGINT)
-        return losses
+    def train_step(state, *rest):
+        if state.step == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return noprop.train_step(state, *rest)
 
-    monkeypatch.setattr(noprop, "train_step", train_step)
+    return train_step
+
+
+def run(folder, step=noprop.train_step) -> int:
+    """The main command of three tiny epochs, with a step of ours."""
+    config, options = noprop.Config(**TINY | {"epochs": 3}), noprop.Options(output_dir=folder)
+    return noprop.run(noprop.State(config), noprop.load_data(config), options, step=step)
 
 
 @pytest.mark.parametrize("step", [1, 4, 6, 11])  # an epoch has four steps
-def test_resume_is_exact_wherever_the_run_was_stopped(step, undisturbed, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        assert noprop.main([*tiny_flags(tmp_path), "--epochs=3"]) == 130
+def test_resume_is_exact_wherever_the_run_was_stopped(step, undisturbed, tmp_path, capsys):
+    assert run(tmp_path, stopping_after(step)) == 130
     assert noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")["training"]["step"] == step
     assert "--resume goes on" in capsys.readouterr().out
     assert noprop.main(["--resume", f"--output-dir={tmp_path}"]) == 0  # the config is the checkpoint's
@@ -64,6 +67,7 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     arguments = ["--resume", f"--output-dir={tmp_path}"]
     fails(capsys, 2, [*arguments, "--lr=0.5"], "--lr 0.5 contradicts", "which has 0.014")
     fails(capsys, 2, [*arguments, "--epochs=1"], "--epochs 1 contradicts")
+    fails(capsys, 2, [*arguments, "--preset=reference"], "--block reference contradicts")
     assert noprop.main([*tiny_flags(tmp_path / "new"), "--resume"]) == 0
     assert "Nothing to resume" in capsys.readouterr().out
 
@@ -75,9 +79,11 @@ def test_settings_may_be_said_again_to_resume(tmp_path):
     assert noprop.main([*few, "--resume"]) == 0
 
 
-def test_resuming_on_another_machine_says_so(tmp_path, capsys, monkeypatch):
+def test_resuming_on_another_machine_says_so(tmp_path, capsys):
     assert noprop.main(tiny_flags(tmp_path)) == 0
-    monkeypatch.setattr(noprop, "made_with", lambda device: {"device": "cuda", "torch": "9"})
+    content = torch.load(tmp_path / "noprop_hybrid.pt", weights_only=True)
+    content["made_with"]["chip"] = "AVX"
+    torch.save(content, tmp_path / "noprop_hybrid.pt")
     assert noprop.main(["--resume", f"--output-dir={tmp_path}"]) == 0
     assert "exact to the bit" in capsys.readouterr().out
 
@@ -115,29 +121,77 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [x.name for x in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
 
 
-def test_the_checksum_sees_everything():
-    content = {"a": [1, 2.0, None], "b": {"c": torch.zeros(3), "d": torch.zeros(3, dtype=torch.int64)}}
-    torch.save(content, file := io.BytesIO())
-    file.seek(0)
-    same, sums = torch.load(file), set()
-    assert noprop.checksum(same) == noprop.checksum(content)
-    for changed in (
-        content,
-        content | {"a": [1, 2.0, 0]},
-        content | {"a": [[1], 2.0, None]},
-        content | {"b": {"c": torch.tensor([0, 0, 1e-45]), "d": content["b"]["d"]}},
-        content | {"b": {"c": content["b"]["d"].float().view(1, 3), "d": content["b"]["d"]}},
-        content | {"b": {"d": content["b"]["c"], "c": content["b"]["d"]}},
-    ):
-        sums.add(noprop.checksum(changed))
-    assert len(sums) == 6
+def test_every_run_in_a_folder_is_kept(tmp_path, capsys):
+    """Its checkpoint and its results, however many follow, and a resumed one does not count."""
+    kept = {}
+    for seed in range(3):
+        assert noprop.main([*tiny_flags(tmp_path), f"--seed={seed}"]) == 0
+        assert noprop.main([*tiny_flags(tmp_path), f"--seed={seed}", "--resume"]) == 0
+        kept[seed] = [(tmp_path / f"noprop_hybrid.{x}").read_bytes() for x in ("pt", "json")]
+    assert "Kept the older" in capsys.readouterr().out
+    for name, seed in (("noprop_hybrid.1", 0), ("noprop_hybrid.2", 1), ("noprop_hybrid", 2)):
+        assert [(tmp_path / f"{name}.{x}").read_bytes() for x in ("pt", "json")] == kept[seed]
+
+
+def test_a_run_on_other_images_is_not_resumed(tmp_path, capsys):
+    """Though its config is the same."""
+    data = noprop.load_data(noprop.Config(**TINY))
+    other = data._replace(train=data.train._replace(labels=data.train.labels.flip(0)))
+    assert data.digest() == noprop.load_data(noprop.Config(**TINY)).digest() != other.digest()
+    assert noprop.main(tiny_flags(tmp_path)) == 0
+    content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
+    state, options = noprop.State(noprop.Config(**TINY)), noprop.Options(output_dir=tmp_path)
+    with pytest.raises(noprop.Failure, match="the images are not those"):
+        noprop.run(state, other, options, content)
+
+
+def test_a_signal_after_the_last_epoch_does_not_stop_a_finished_run(tmp_path, monkeypatch, capsys):
+    summarize = noprop.summarize
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return summarize(*arguments)
+
+    monkeypatch.setattr(noprop, "summarize", interrupted)
+    assert noprop.main(tiny_flags(tmp_path)) == 0
+    assert "Stopped" not in capsys.readouterr().out and (tmp_path / "noprop_hybrid.json").exists()
+
+
+def test_signals_are_as_before_afterwards_and_in_a_thread_there_are_none(tmp_path):
+    handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    codes = [noprop.main(tiny_flags(tmp_path / "a"))]
+    thread = threading.Thread(target=lambda: codes.append(noprop.main(tiny_flags(tmp_path / "b"))))
+    thread.start()
+    thread.join()
+    assert codes == [0, 0]
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_the_second_signal_does_what_it_did_before():
+    with pytest.raises(KeyboardInterrupt), noprop.caught_signals() as signalled:
+        signal.raise_signal(signal.SIGINT)
+        assert signalled() == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_another_users_lock_and_a_file_system_without_locks_are_one_line(tmp_path, monkeypatch):
+    for error in (PermissionError(13, "Permission denied"), NotImplementedError("no locks here")):
+
+        def acquire(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(noprop.FileLock, "acquire", acquire)
+        expected = pytest.raises(noprop.Failure, match="Permission denied|no locks here")
+        with expected as failure, noprop.output_folder(tmp_path):
+            pass
+        assert failure.value.code == 2
 
 
 def test_memory_and_history_stay_bounded(small_data):
     """Forty epochs: no live tensor more after the last than after the second."""
     import gc
 
-    training = noprop.Training(noprop.Config(**TINY | {"epochs": 40, "patience": 40, "num_blocks": 2}), CPU)
+    training = noprop.State(noprop.Config(**TINY | {"epochs": 40, "patience": 40, "num_blocks": 2}))
     live = []
     for _ in noprop.train(training, small_data):
         gc.collect()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, TINY, noprop, same, train_tiny
+from conftest import TINY, noprop, same, train_tiny
 
 
 def test_learns_mnist_in_one_epoch(trained, data):
@@ -20,11 +20,9 @@ def test_same_seed_same_bits_other_seed_other_bits(small_data):
     assert not same(first.averaged.state_dict(), other.averaged.state_dict())
 
 
-@pytest.mark.parametrize("objective", ["hybrid", "dt", "backprop"])
-def test_bfloat16_trains_float32_weights_to_nearly_the_same(objective, small_data):
-    changes = noprop.OBJECTIVES[objective] | {"objective": objective}
-    exact = train_tiny(small_data, **changes)
-    short, again = (train_tiny(small_data, n, precision="bfloat16", **changes) for n in (1, 2))
+def test_bfloat16_trains_float32_weights_to_nearly_the_same(small_data):
+    exact = train_tiny(small_data)
+    short, again = (train_tiny(small_data, n, precision="bfloat16") for n in (1, 2))
     assert same(short.averaged.state_dict(), again.averaged.state_dict())
     assert not same(short.averaged.state_dict(), exact.averaged.state_dict())
     assert all(x.dtype in (torch.float32, torch.int64) for x in short.model.state_dict().values())
@@ -32,10 +30,24 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(objective, small_dat
         assert short.history[0][name] == pytest.approx(exact.history[0][name], rel=0.02)
 
 
+@pytest.mark.parametrize("outside", [1, 2])
+def test_the_result_does_not_depend_on_torchs_threads(small_data, outside):
+    """Nor on those of the call; and torch's number is what it was before, also between epochs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(outside)
+    try:
+        state = noprop.State(noprop.Config(**TINY))
+        for _ in noprop.train(state, small_data):
+            assert torch.get_num_threads() == outside
+    finally:
+        torch.set_num_threads(before)
+    assert same(state.averaged.state_dict(), train_tiny(small_data).averaged.state_dict())
+
+
 def test_splits_are_disjoint_and_fixed(data):
-    train = noprop.read_mnist_file(noprop.Config().data_root / "MNIST/raw", "train-images-idx3-ubyte")
-    test = noprop.read_mnist_file(noprop.Config().data_root / "MNIST/raw", "t10k-images-idx3-ubyte")
-    assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
+    folder, names = noprop.Options.data_root / "MNIST/raw", list(noprop.MD5)
+    train, test = (noprop.read_idx(folder, name, noprop.MD5[name]) for name in (names[0], names[2]))
+    assert [len(split.labels) for split in data[:3]] == [55_000, 5_000, 10_000]
     pictures = [x.numpy().tobytes() for x in torch.cat([data.train.images, data.val.images])]
     assert sorted(pictures) == sorted(train[16 + 784 * i : 800 + 784 * i] for i in range(60_000))
     assert not set(pictures[:55_000]) & set(pictures[55_000:])
@@ -55,7 +67,7 @@ def test_labels_do_not_enter_the_answer(trained, data):
 def test_shuffled_labels_leave_the_test_at_chance(data):
     shuffled = data.train.labels[torch.randperm(55_000, generator=noprop.generator("shuffle"))]
     train = noprop.Split(data.train.images[:10_000], shuffled[:10_000])
-    training = train_tiny(noprop.Data(train, *data[1:]), 2, epochs=2, num_blocks=2, train_images=None)
+    training = train_tiny(data._replace(train=train), 2, epochs=2, num_blocks=2, train_images=None)
     assert training.history[-1]["test_accuracy"] < 20
 
 
@@ -69,27 +81,28 @@ def test_the_test_set_decides_nothing(small_data):
 
 
 def test_selection_takes_the_last_epoch_within_one_standard_error_and_patience_ends_the_run(small_data):
-    training = noprop.Training(noprop.Config(**TINY | {"patience": 3}), CPU)
+    training = noprop.State(noprop.Config(**TINY | {"patience": 3, "epochs": 9}))
     chosen = []  # one standard error is 0.1 points at 99.5 %
     for epoch, accuracy in enumerate([90.0, 99.5, 99.41, 99.45, 98.0, 99.3], start=1):
         training.record({"epoch": epoch, "val_accuracy": accuracy}, 5000)
-        chosen.append((training.selected_epoch, training.out_of_patience()))
+        chosen.append((training.selected_epoch, training.finished()))
     assert chosen == [(1, False), (2, False), (3, False), (4, False), (4, True), (4, True)]
-    constant = noprop.Training(noprop.Config(**TINY | {"patience": 2, "epochs": 9}), CPU)
-    constant.record = lambda record, _: constant.history.append(record | {"val_accuracy": 50.0})
+    constant = noprop.State(noprop.Config(**TINY | {"patience": 2, "epochs": 9}))
+    measure = constant.measure
+    constant.measure = lambda *arguments: measure(*arguments) | {"val_accuracy": 50.0}
     assert len(list(noprop.train(constant, small_data))) == 3
 
 
 def test_a_poisoned_batch_stops_the_run_and_is_named(small_data):
     images = small_data.train.images.float() / 255
     images[77] = float("nan")
-    training = noprop.Training(noprop.Config(**TINY | {"augment": False}), CPU)
+    training = noprop.State(noprop.Config(**TINY | {"augment": False}))
     with pytest.raises(FloatingPointError, match=r"loss of block 1 is nan in step [1-4]:"):
         list(noprop.train(training, small_data._replace(train=noprop.Split(images, small_data.train.labels))))
 
 
 def test_a_poisoned_block_is_named(small_data):
-    training = noprop.Training(noprop.Config(**TINY), CPU)
+    training = noprop.State(noprop.Config(**TINY))
     training.model.blocks[1].head[0].bias.data[0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"loss of block 2 is (nan|inf) in step 1:"):
         list(noprop.train(training, small_data))
@@ -103,21 +116,7 @@ def test_temperature_one_samples_and_repeats_itself(trained, data):
 
 
 def test_reference_preset_starts_and_learns(data):
-    preset = noprop.PRESETS["reference"] | {"epochs": 1, "num_blocks": 3, "lr": 0.003, "batch_size": 64}
-    small = noprop.Data(*(noprop.Split(x.images[:6400], x.labels[:6400]) for x in data))
-    training = noprop.Training(noprop.Config(**preset), CPU)
-    with noprop.workers(CPU, 2) as parallel:
-        (record,) = noprop.train(training, small, parallel)
+    config = noprop.Config.reference(epochs=1, num_blocks=3, lr=0.003, batch_size=64)
+    small = noprop.Data(*(noprop.Split(x.images[:6400], x.labels[:6400]) for x in data[:3]))
+    (record,) = noprop.train(noprop.State(config), small, threads=2)
     assert record["val_accuracy"] > 60
-
-
-def test_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(trained, data):
-    model, images = noprop.load(trained / "noprop_hybrid.pt"), data.test.images[:600]
-    whole = model.probabilities(images)  # (N, T, classes)
-    answers, blocks = model.early_exit(images, 0.9)
-    sure = whole.amax(-1) > 0.9
-    sure[:, -1] = True  # nobody goes further
-    first = sure.int().argmax(1)
-    assert torch.equal(blocks.long(), first + 1) and len(first.unique()) > 3
-    torch.testing.assert_close(answers, whole[torch.arange(600), first])
-    assert torch.equal(model.predict(images), whole[:, -1].argmax(-1))  # without a threshold, all blocks

@@ -1,0 +1,82 @@
+"""What the tests of the lab share."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from conftest import CPU, TINY, noprop
+
+from noprop_lab import __main__ as lab
+from noprop_lab import data as lab_data
+from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
+
+
+def flags_of(folder: Path, *more: str, **changes) -> list[str]:
+    """The flags of a run of seconds that writes into the folder."""
+    values = TINY | {"output_dir": folder} | changes
+    return [*(f"--{name.replace('_', '-')}={value}" for name, value in values.items()), *more]
+
+
+def few_images(*arguments, load: Callable = lab_data.load_data) -> noprop.Data:
+    """A data set, of which 500 images are to validate and to test on."""
+    data = load(*arguments)
+    val, test = (noprop.Split(x.images[:500], x.labels[:500]) for x in data[1:3])
+    return data._replace(val=val, test=test)
+
+
+@contextmanager
+def quick_lab(monkeypatch) -> Iterator[None]:
+    """Few images for the lab and the script; one thread, as tests run beside others."""
+    monkeypatch.setattr(lab, "load_data", few_images)
+    monkeypatch.setattr(noprop, "load_data", partial(few_images, load=noprop.load_data))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def refused(capsys, code: int, arguments: list[str], *words: str, main=lab.main) -> None:
+    """The command ends with that exit code and a line, or tyro's box, that holds the words; no traceback."""
+    capsys.readouterr()
+    try:
+        result = main(arguments)
+    except SystemExit as end:
+        result = end.code
+    message = capsys.readouterr().err
+    assert result == code, message
+    assert "Traceback" not in message
+    assert message.count("\n") == 1 or "For full helptext" in message, message
+    flat = re.sub(r"[\s│]+", " ", message)
+    for word in words:
+        assert word in flat, message
+
+
+def untrained(folder: Path, config: LabConfig | None = None) -> Path:
+    """A checkpoint of a network that was not trained."""
+    state = LabState(config or LabConfig(num_blocks=3))
+    folder.mkdir(parents=True, exist_ok=True)
+    state.save(path := folder / noprop.CHECKPOINT.format(state.objective.name), "of no images")
+    return path
+
+
+def tiny(data: noprop.Data, config: LabConfig, threads: int = 1) -> LabState:
+    """The state at the end of a training."""
+    state = LabState(config, CPU, data)
+    list(noprop.train(state, data, lab.step_of(config), threads))
+    return state
+
+
+def equal(a, b) -> bool:
+    """Whether what checkpoints hold is equal bit for bit, but for seconds."""
+    if isinstance(a, dict):
+        names = a.keys() - {"seconds"}
+        return names == b.keys() - {"seconds"} and all(equal(a[name], b[name]) for name in names)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b

@@ -1,0 +1,275 @@
+"""The commands of the lab: what the flags mean, what is refused, and whose checkpoint is read by whom."""
+
+import re
+import shlex
+from dataclasses import replace
+
+import optuna
+import pytest
+import torch
+from conftest import noprop
+from laboratory import flags_of, lab, quick_lab, refused, untrained
+
+from noprop_lab import parts, search
+from noprop_lab.backprop import BackpropConfig
+from noprop_lab.dt import DTConfig
+from noprop_lab.networks import load
+from noprop_lab.settings import SOURCES, LabConfig
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    with quick_lab(monkeypatch):
+        yield
+
+
+# --- Commands and settings ---------------------------------------------------------------------------------
+
+PARTS = LabConfig(blocks="1-2", embedding="fixed", select="last")
+OLD_COMMANDS = {  # flags of version 1: what they mean
+    "--objective dt": DTConfig(),
+    "--objective=backprop": BackpropConfig(),
+    "--preset paper": DTConfig.paper(),
+    "--preset paper --num-blocks 4": DTConfig.paper(num_blocks=4),
+    "--dataset fashion_mnist": LabConfig(dataset="fashion_mnist", block="deep", epochs=24),
+    "--dataset kmnist --epochs 3": LabConfig(dataset="kmnist", epochs=3),
+    "--dataset folder": LabConfig(dataset="folder", classes=("a", "b", "c")),
+    "--dataset folder --classes c a": LabConfig(dataset="folder", classes=("c", "a")),
+    "--dataset folder --image-size 40": LabConfig(dataset="folder", classes=("a", "b", "c"), image_size=40),
+    "--blocks 1-2 --embedding fixed": PARTS,
+    "--embedding-from F": LabConfig(embedding="fixed"),
+    "--embedding-from F --blocks 1-2": PARTS,
+    "--classify z": LabConfig(classify="z"),
+    "--embedding onehot": LabConfig(embedding="onehot"),
+    "--embedding prototype --objective dt": DTConfig(embedding="prototype"),
+    "--block paper --target classes": LabConfig(block="paper", target="classes"),
+    "--run-hpo --hpo-storage sqlite:///x.db": LabConfig(),
+    "--run-hpo --objective dt --hpo-trials 3": DTConfig(),
+    "--evaluate F --early-exit 0.5": LabConfig(num_blocks=3, embed_dim=20),
+    "--predict F a.png b.png --early-exit 0.5": LabConfig(num_blocks=3, embed_dim=20),
+}
+
+
+@pytest.mark.parametrize("old", OLD_COMMANDS)
+def test_every_command_of_version_1_has_a_new_form_that_means_the_same(old, tmp_path, monkeypatch, capsys):
+    """It is the one that the script names where it refuses the old form."""
+    monkeypatch.chdir(tmp_path)
+    untrained(tmp_path).rename("F")
+    for name in "abc":
+        (tmp_path / "data" / name).mkdir(parents=True)
+    arguments = [*old.split(), *(["--data-root=data"] if "folder" in old else [])]
+    assert noprop.main(arguments) == 2
+    new = re.search(r"python -m noprop_lab (\w+) (.*)", capsys.readouterr().err)
+    config, options, content = lab.read_command_line(new[1], shlex.split(new[2]))
+    assert config == OLD_COMMANDS[old]
+    command = {"--run-hpo": "search", "--evaluate": "evaluate", "--predict": "predict"}
+    assert new[1] == command.get(arguments[0], "train")
+    assert (content is not None) == (new[1] in ("evaluate", "predict"))
+    assert options.run_hpo == (new[1] == "search") and options.resume is False
+    assert str(options.evaluate) == ("F" if new[1] == "evaluate" else "None")
+    assert [str(x) for x in options.predict] == (["F", "a.png", "b.png"] if new[1] == "predict" else [])
+    assert options.early_exit == (0.5 if "--early-exit" in old else 1)
+    assert options.hpo_storage == ("sqlite:///x.db" if "--hpo-storage" in old else None)
+    assert str(options.embedding_from) == ("F" if "--embedding-from" in old else "None")
+
+
+def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):
+    assert noprop.main(["--merge", "a.pt", "b.pt", f"--output-dir={tmp_path}"]) == 2
+    new = re.search(r"python -m noprop_lab (.*)", capsys.readouterr().err)[1]
+    given = []
+    monkeypatch.setattr(parts, "merge", lambda paths, options, *_: given.append((paths, options)) or 0)
+    assert lab.main(shlex.split(new)) == 0
+    [(paths, options)] = given
+    assert [str(x) for x in paths] == ["a.pt", "b.pt"] and options.output_dir == tmp_path
+
+
+def test_settings_of_an_objective():
+    dt, paper, plain = DTConfig(), DTConfig.paper(), noprop.Config()
+    assert (dt.target, dt.classify, dt.eta_loss_weight, dt.weights) == ("classes", "z", 0.1, "ddpm")
+    assert (dt.temperature, dt.epochs, dt.block) == (1.0, plain.epochs, "small")
+    assert (paper.target, paper.classify, paper.temperature) == ("classes", "z", 1.0)
+    assert (paper.epochs, paper.batch_size, paper.block, paper.lr) == (100, 128, "paper", 1e-3)
+    assert (paper.schedule, paper.ema_decay, paper.augment) == ("constant", 0.0, False)
+    assert DTConfig.paper(epochs=2).epochs == 2
+    assert BackpropConfig().step_threads == noprop.Options.threads
+    for config in (LabConfig(), BackpropConfig()):  # all else is the script's
+        assert {name: getattr(config, name) for name in vars(plain)} | {"embed_dim": 20} == vars(plain) | {
+            "embed_dim": 20
+        }
+    assert isinstance(LabConfig.reference(), LabConfig) and LabConfig.reference().block == "reference"
+
+
+@pytest.mark.parametrize(
+    ("flags", "block", "epochs"),
+    [
+        (["--dataset=fashion_mnist"], "deep", 24),
+        (["--dataset=fashion_mnist", "--block=small"], "small", 24),
+        (["--dataset=fashion_mnist", "--preset=reference"], "reference", 100),
+        (["--dataset=cifar10", "--preset=paper"], "paper", 100),
+        (["--dataset=cifar10", "--preset=paper", "--epochs=3"], "paper", 3),
+        (["--dataset=cifar100", "--config=some.json"], "small", 30),
+        (["--config=whole.json"], "small", 12),
+    ],
+)
+def test_a_preset_wins_over_a_data_set_and_a_flag_over_both(flags, block, epochs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.json").write_text('{"block": "small"}')
+    (tmp_path / "whole.json").write_text('{"dataset": "cifar10", "epochs": 12, "block": "small"}')
+    config = lab.read_command_line("train", flags)[0]
+    assert (config.block, config.epochs) == (block, epochs)
+    assert SOURCES[config.dataset].name in ("FashionMNIST", "CIFAR10", "CIFAR100")
+
+
+def test_a_search_leaves_out_what_an_objective_does_not_know():
+    names = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
+    values = {name: 1e-3 if name == "embed_wd" else 0.1 for name in names}
+    for config, missing in ((LabConfig(), set()), (DTConfig(), {"lambda_global"})):
+        found = search.space_of(config)(optuna.trial.FixedTrial(values))
+        assert set(values) - set(found) == missing and replace(config, **found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("train --objective dt --lambda-global 2", "lambda_global has no effect on this objective"),
+        ("train --objective dt --eta-loss-weight 0", "learn nothing"),
+        ("train --objective backprop --eta-loss-weight 1", "eta_loss_weight has no effect on this objective"),
+        ("train --objective backprop --blocks 1 --embedding fixed", "backprop trains all blocks as one"),
+        ("train --objective backprop --classify z", "backprop trains all blocks as one"),
+        ("train --objective backprop --step-threads 0", "step_threads must be at least 1"),
+        ("train --objective backprop --preset paper", "--preset paper is a setting of --objective dt"),
+        ("train --objective none", "--objective"),
+        ("train --embedding onehot --embed-dim 30", "embedding onehot has 10 dimensions"),
+        ("train --dataset cifar100 --embed-dim 50", "dim must be at least 100"),
+        ("train --dataset cifar10 --classes a b", "classes are those of dataset folder"),
+        ("train --dataset svhn", "--dataset"),
+        ("train --config svhn.json", "cannot use these settings: dataset must be one of"),
+        ("train --image-size 20", "image_size must be at least 28"),
+        ("train --early-exit 0.5", "early_exit goes with evaluate or predict"),
+        ("train --speed 1", "--speed"),
+        ("evaluate F --early-exit 0", "early_exit must be above 0"),
+        ("evaluate F --early-exit 0.5 --temperature 1 --weights ddpm", "--early-exit does not sample"),
+        ("evaluate F --lr 1", "--lr 1.0 contradicts F, which has 0.014"),
+        ("evaluate F --blocks 1", "take all blocks, not 1 alone"),
+        ("evaluate F --objective dt", "--objective dt contradicts F, which has hybrid"),
+        ("evaluate F --dataset kmnist", "--dataset kmnist contradicts F, which has mnist"),
+        ("evaluate F --resume", "choose one of"),
+        ("evaluate", "--evaluate"),
+        ("predict", "a checkpoint and then at least one image file"),
+        ("predict F", "a checkpoint and then at least one image file"),
+        ("predict F none.png", "cannot read the image none.png"),
+        ("search --blocks 1 --embedding fixed", "take all blocks, not 1 alone"),
+        ("merge", "merge takes two checkpoints at least"),
+        ("merge F", "merge takes two checkpoints at least"),
+        ("merge a b --lr 99", "merge takes no --lr"),
+        ("merge a b --preset paper", "merge takes no --preset"),
+        ("merge --objective dt a b", "merge takes no --objective"),
+        ("merge a b --resume", "merge takes no --resume"),
+    ],
+)
+def test_what_is_refused_is_named(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    untrained(tmp_path).rename("F")
+    (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
+    before = set(tmp_path.iterdir())
+    refused(capsys, 2, arguments.split(), word)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_help_and_usage(capsys):
+    assert lab.main([]) == lab.main(["--help"]) == 0
+    assert "merge CHECKPOINTS" in capsys.readouterr().out
+    assert lab.main(["fly"]) == 2 and "merge CHECKPOINTS" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        lab.main(["train", "--objective", "dt", "--help"])
+    assert end.value.code in (0, None) and "--early-exit" in capsys.readouterr().out
+
+
+# --- Going on ----------------------------------------------------------------------------------------------
+
+
+def test_a_bare_resume_goes_on_with_the_objective_that_is_there(tmp_path, capsys):
+    folder = f"--output-dir={tmp_path}"
+    assert lab.main(["train", *flags_of(tmp_path, "--objective=dt", num_blocks=2)]) == 0
+    assert lab.main(["train", "--resume", "--epochs=2", folder]) == 0
+    assert f"Resuming {tmp_path / 'noprop_dt.pt'}: 1 epochs and 4 steps are done" in capsys.readouterr().out
+    content = noprop.read_checkpoint(tmp_path / "noprop_dt.pt")
+    assert content["training"]["step"] == 8 and content["config"]["epochs"] == 2
+    refused(capsys, 2, ["--resume", folder], "python -m noprop_lab train --resume", main=noprop.main)
+    refused(capsys, 2, ["train", "--resume", "--objective=dt", "--lr=1", folder], "--lr 1.0 contradicts")
+    assert lab.main(["train", *flags_of(tmp_path, num_blocks=2)]) == 0
+    refused(capsys, 2, ["train", "--resume", folder], "several runs: add --objective")
+
+
+def test_an_embedding_that_a_run_does_not_have_is_refused(tmp_path, capsys):
+    other = untrained(tmp_path / "other", LabConfig(num_blocks=3, seed=1))
+    own = untrained(tmp_path / "own", LabConfig(num_blocks=3))
+    start = ["train", "--resume", f"--output-dir={tmp_path}"]
+    untrained(tmp_path, LabConfig(num_blocks=3, embedding="fixed"))
+    assert lab.read_command_line("train", [*start[1:], f"--embedding-from={own}"])[2]
+    refused(capsys, 2, [*start, f"--embedding-from={other}"], "is not the embedding that", str(other))
+    untrained(tmp_path)
+    refused(capsys, 2, [*start, f"--embedding-from={own}"], "--embedding fixed contradicts")
+    wide = untrained(tmp_path / "wide", LabConfig(num_blocks=3, embed_dim=30))
+    refused(capsys, 2, ["train", f"--embedding-from={wide}"], "is of another --embed-dim")
+
+
+def test_a_networks_data_set_may_bring_settings_that_the_run_had_otherwise(tmp_path):
+    """Of Fashion-MNIST with the small block: its own default is the deep one."""
+    path = untrained(tmp_path, LabConfig(num_blocks=3, dataset="fashion_mnist", epochs=2))
+    for command, flags in (("train", ["--resume"]), ("evaluate", [str(path)]), ("predict", [str(path), "a"])):
+        flags += ["--dataset=fashion_mnist", f"--output-dir={tmp_path}"]
+        assert lab.read_command_line(command, flags)[0].block == "small"
+
+
+# --- Whose checkpoint is read by whom ----------------------------------------------------------------------
+
+
+def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_the_scripts(tmp_path, capsys):
+    assert lab.main(["train", *flags_of(tmp_path / "lab")]) == 0
+    assert noprop.main(flags_of(tmp_path / "script")) == 0
+    mine, yours = (tmp_path / name / "noprop_hybrid.pt" for name in ("lab", "script"))
+    a, b = (noprop.read_checkpoint(x) for x in (mine, yours))
+    assert a["config"] == b["config"]
+    assert all(torch.equal(x, b["model"][name]) for name, x in a["model"].items())
+    capsys.readouterr()
+    assert noprop.main(["--evaluate", str(mine)]) == noprop.main(["--evaluate", str(yours)]) == 0
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other and noprop.load(mine).config == noprop.load(yours).config
+    assert lab.main(["evaluate", str(yours)]) == 0
+    assert noprop.main(["--resume", f"--output-dir={tmp_path / 'lab'}"]) == 0
+    assert lab.main(["train", "--resume", f"--output-dir={tmp_path / 'lab'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LabConfig(num_blocks=2, dataset="kmnist"),
+        LabConfig(num_blocks=2, dataset="folder", classes=("a", "b")),
+        LabConfig(num_blocks=2, embedding="onehot"),
+        LabConfig(num_blocks=2, block="paper"),
+        LabConfig(num_blocks=2, classify="z"),
+        DTConfig(num_blocks=2),
+        BackpropConfig(num_blocks=2),
+    ],
+)
+def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):
+    path = untrained(tmp_path, config)
+    for arguments in (["--evaluate", str(path)], ["--predict", str(path), "a.png"]):
+        refused(capsys, 2, arguments, f"{path} is not this script's", "noprop_lab", main=noprop.main)
+    with pytest.raises(noprop.Failure, match="python -m noprop_lab"):
+        noprop.load(path)
+    found = load(path).config
+    assert type(found) is type(config)
+    assert vars(found) | {"embed_dim": None} == vars(config) | {"embed_dim": None}
+
+
+def test_a_part_of_a_network_is_no_network(tmp_path, capsys):
+    path = untrained(tmp_path, replace(PARTS, num_blocks=3))
+    for read, word in ((load, "holds blocks 1-2 alone"), (noprop.load, "noprop_lab")):
+        with pytest.raises(noprop.Failure, match=word):
+            read(path)
+    refused(capsys, 2, ["evaluate", str(path)], "holds blocks 1-2 alone", "merge")
+    refused(capsys, 2, ["predict", str(path), "a.png"], "holds blocks 1-2 alone")
+    refused(capsys, 2, ["train", f"--embedding-from={path}"], "holds blocks 1-2 alone")
+    refused(capsys, 2, ["--evaluate", str(path)], "noprop_lab", main=noprop.main)
