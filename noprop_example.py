@@ -427,7 +427,11 @@ class Config:
             ("weight_decay embed_wd", lambda x: 0 <= x < math.inf, "0 or positive"),
             ("eta_min", lambda x: 0 <= x <= self.lr, f"between 0 and lr ({self.lr})"),
             ("ema_decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            ("embed_dim", lambda _: self.dim >= self.num_classes, f"at least {self.num_classes}, a row a class"),
+            (
+                "embed_dim",
+                lambda _: self.dim >= self.num_classes,
+                f"at least {self.num_classes}, a row a class",
+            ),
             ("train_images", lambda x: x is None or x >= self.batch_size, "None or at least batch_size"),
         )
         if self.eta_loss_weight == self.lambda_global == 0:
@@ -1386,12 +1390,9 @@ class Search:
         if there is None:
             there = common
             self.study.set_user_attr("settings", common)
-            fitting = {
-                k: settings[k]
-                for k, x in space.items()
-                if settings[k] in getattr(x, "choices", [settings[k]])
-            }
-            self.study.enqueue_trial(fitting)
+            first = {k: settings[k] for k in space if k in settings}
+            offered = {k: x for k, x in first.items() if x in getattr(space[k], "choices", [x])}
+            self.study.enqueue_trial(offered)
         for name in there | common:
             if there.get(name) != common.get(name):
                 found = f"the search found there has {name} {there.get(name)}, not {common.get(name)}"
