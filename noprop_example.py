@@ -1294,7 +1294,9 @@ def finish(state: State, data: Data, options: Options, started: float) -> int:
     _, results, progress, denoising = files
     write_file(results, json.dumps(summary, indent=1).encode())
     print_summary(summary, options.output_dir)
-    return picture(draw_progress, progress, summary) | picture(draw_denoising, denoising, model, data.test)
+    with workers(state.device, options.threads):
+        drawn = picture(draw_progress, progress, summary)
+        return drawn | picture(draw_denoising, denoising, model, data.test)
 
 
 def resume(state: State, content: dict[str, Any], path: Path, data: Data) -> None:

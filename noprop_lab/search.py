@@ -7,9 +7,11 @@ which is run again.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,16 +41,29 @@ def url_of(options: LabOptions):
 def storage_of(options: LabOptions, heartbeat: int, grace: int):
     """Optuna's storage, in which a trial shows every so many seconds that its worker is alive."""
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy import event
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     url = url_of(options)
-    waits = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
-    return RDBStorage(
+    sqlite = url.get_backend_name() == "sqlite"
+    make = partial(
+        RDBStorage,
         url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
-        engine_kwargs=waits,
+        engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {},
         heartbeat_interval=heartbeat,
         grace_period=grace,
         heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
     )
+    try:
+        storage = make()
+    except (IntegrityError, ProgrammingError):  # a worker on another machine makes the tables too
+        time.sleep(2)
+        storage = make()
+    if sqlite:  # Python's driver reads outside of transactions: two workers would take the same trial
+        storage.engine.dispose()  # what is open already would stay as it is
+        event.listen(storage.engine, "connect", lambda driver, _: setattr(driver, "isolation_level", None))
+        event.listen(storage.engine, "begin", lambda link: link.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
 
 
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:

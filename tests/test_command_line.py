@@ -330,9 +330,7 @@ def test_importing_prints_and_writes_nothing(tmp_path):
 def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
     """A backend that is not there: results, a line a picture, exit code 1; a style changes nothing."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    environment = (
-        {"MPLBACKEND": "nonsense"} if fault == "backend" else {"MATPLOTLIBRC": str(tmp_path)}
-    )
+    environment = {"MPLBACKEND": "nonsense"} if fault == "backend" else {"MATPLOTLIBRC": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, SCRIPT, *flags], env=os.environ | environment, capture_output=True, text=True
     )

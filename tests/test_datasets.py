@@ -187,16 +187,20 @@ def test_pictures_of_a_data_set_in_colour_keep_it(tmp_path):
     pixels[:, 10:50] = (250, 10, 60)
     pixels[20:, 10:50, 1] = 200  # green in the lower half
     Image.fromarray(pixels).save(path := tmp_path / "wide.png")
-    cifar, folder = LabConfig(dataset="cifar10"), LabConfig(dataset="folder", classes=("a", "b"), image_size=40)
+    cifar, folder = (
+        LabConfig(dataset="cifar10"),
+        LabConfig(dataset="folder", classes=("a", "b"), image_size=40),
+    )
     for config, size in ((cifar, 32), (folder, 40)):
         image = read_picture(path, config)
-        assert image.dtype == torch.uint8 and image.shape == (3, size, size) and image.is_floating_point() is False
-        assert (image[0] == 250).all() and (image[2] == 60).all()  # nothing of the black sides
-        assert (image[1, : size // 2 - 2] == 10).all() and (image[1, size // 2 + 2 :] == 200).all()
+        assert image.dtype == torch.uint8 and image.shape == (3, size, size)
+        near = (image.int() - torch.tensor([250, 10, 60]).view(3, 1, 1)).abs() < 15  # of the interpolation
+        assert near[0].all() and near[2].all()  # nothing of the black sides
+        assert near[1, : size // 2 - 2].all() and (image[1, size // 2 + 2 :] > 180).all()
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(pixels).save(path := tmp_path / "turned.png", exif=exif)
-    assert (read_picture(path, cifar)[1, :12] == 200).all()
+    assert (read_picture(path, cifar)[1, :14] > 180).all()
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(path := tmp_path / "clear.png")
     assert (read_picture(path, cifar) == 255).all()
     fashion = read_picture(tmp_path / "wide.png", LabConfig(dataset="fashion_mnist"))
@@ -303,7 +307,9 @@ def test_mirror_images_where_they_are_as_good(data, monkeypatch, fashion, tmp_pa
     """Half of the images are mirrored left to right, where the data set allows it."""
     images = noprop.to_float(data.train.images[:200])
     monkeypatch.setattr(noprop.F, "grid_sample", lambda images, *_, **__: images)
-    plain, mirrored = (how(images, noprop.generator("a")) for how in (noprop.augment, lab_data.augment_or_mirror))
+    plain, mirrored = (
+        how(images, noprop.generator("a")) for how in (noprop.augment, lab_data.augment_or_mirror)
+    )
     same = (mirrored == images).flatten(1).all(1)
     other = (mirrored == images.flip(3)).flatten(1).all(1)
     assert torch.equal(plain, images) and (same ^ other).all() and 70 < other.sum() < 130

@@ -10,22 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, noprop, same
-from test_command_line import fails
+import torch.distributed as dist
+from conftest import ROOT, noprop, same
+from laboratory import equal, flags_of, lab, refused
 
-
-def command(folder: Path, *flags: str, **changes) -> list[str]:
-    values = TINY | {"output_dir": folder} | changes
-    return [*(f"--{name.replace('_', '-')}={value}" for name, value in values.items()), *flags]
+from noprop_lab import parallel
 
 
 def torchrun(processes: int, flags: list[str]) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "noprop_example.py"), "--threads=1", *flags],
+        [sys.executable, *launcher, "-m", "noprop_lab", "train", "--threads=1", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,  # a process group of its own, as at a terminal
     )
@@ -47,48 +46,48 @@ def checkpoint(folder: Path) -> dict:
     return noprop.read_checkpoint(folder / "noprop_hybrid.pt")
 
 
-def equal(a: dict, b: dict) -> bool:
-    """Whether two checkpoints hold the same but for seconds."""
-    for content in (a, b):
-        content["training"]["seconds"] = 0
-        for record in content["training"]["history"]:
-            record["seconds"] = 0
-    return noprop.checksum(a) == noprop.checksum(b)
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_trains_the_same_network(tmp_path, processes):
-    fixed, learned = ("--embedding=fixed", "--embedding=learned")
-    often = "--checkpoint-minutes=0.0001"  # in the midst of the epoch too
-    flags = [command(tmp_path / name, fixed, often, train_images=1600) for name in ("one", "several")]
-    assert noprop.main([*flags[0], "--threads=1"]) == 0
-    output = finished(processes, flags[1])
-    assert equal(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "several"))
-    assert len(re.findall("Test accuracy", output)) == len(re.findall("epoch   1/1", output)) == 1
-    assert {x.name for x in (tmp_path / "one").iterdir()} == {
-        x.name for x in (tmp_path / "several").iterdir()
-    }
-    if processes == 2:  # with a learned embedding, sums are made in another order
-        assert noprop.main([*command(tmp_path / "one", learned), "--threads=1"]) == 0
-        finished(processes, command(tmp_path / "several", learned))
-        one, several = (checkpoint(tmp_path / name)["model"] for name in ("one", "several"))
-        for name, value in one.items():
-            torch.testing.assert_close(value, several[name], rtol=1e-3, atol=1e-4)
-
-
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, run: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
+    while not path.exists():
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
         time.sleep(0.02)
 
 
-def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path):
+# --- Processes ---------------------------------------------------------------------------------------------
+
+FIXED, RUN = "--embedding=fixed", {"train_images": 1600, "epochs": 3}  # of 36 steps
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert lab.main(["train", *flags_of(folder, FIXED, "--threads=1", **RUN)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_trains_the_same_network(tmp_path, alone, processes):
+    often = "--checkpoint-minutes=0.0001"  # in the midst of the epoch too
+    output = finished(processes, flags_of(tmp_path, FIXED, often, **RUN))
+    assert equal(checkpoint(alone), checkpoint(tmp_path))
+    assert len(re.findall("Test accuracy", output)) == len(re.findall("epoch   1/3", output)) == 1
+    assert {x.name for x in alone.iterdir()} == {x.name for x in tmp_path.iterdir()}
+
+
+def test_a_learned_embedding_is_the_same_up_to_rounding(tmp_path):
+    """Sums are made in another order."""
+    assert lab.main(["train", *flags_of(tmp_path / "one", "--threads=1")]) == 0
+    finished(2, flags_of(tmp_path / "several"))
+    one, several = (checkpoint(tmp_path / name)["model"] for name in ("one", "several"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, several[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, alone):
     """Ctrl-C stops all, in the midst of an epoch; three go on to the same end as one."""
-    flags = {"train_images": 1600, "epochs": 4}
-    assert noprop.main([*command(tmp_path / "one", "--embedding=fixed", **flags), "--threads=1"]) == 0
-    several = command(tmp_path / "several", "--embedding=fixed", **flags)
-    run = torchrun(2, several)
-    wait_for(tmp_path / "several" / "noprop_hybrid.pt")
+    run = torchrun(2, flags_of(tmp_path, FIXED, **RUN))
+    wait_for(tmp_path / "noprop_hybrid.pt", run)
     started = workers(run)
     os.killpg(run.pid, signal.SIGINT)
     time.sleep(0.1)
@@ -97,14 +96,14 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path):
     output = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and "Test accuracy" in output, output
     assert output.count("Stopped after step") == 1
-    assert checkpoint(tmp_path / "several")["training"]["step"] < 48
-    finished(3, [*several, "--resume"])
-    assert equal(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "several"))
+    assert checkpoint(tmp_path)["training"]["step"] < 36
+    finished(3, ["--resume", f"--output-dir={tmp_path}"])
+    assert equal(checkpoint(alone), checkpoint(tmp_path))
 
 
 def test_the_death_of_a_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
-    run = torchrun(2, command(tmp_path, epochs=1000))
-    wait_for(tmp_path / "noprop_hybrid.pt")
+    run = torchrun(2, flags_of(tmp_path, epochs=1000))
+    wait_for(tmp_path / "noprop_hybrid.pt", run)
     os.kill(workers(run)[1], signal.SIGKILL)
     output = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and output.count("another process of this run is gone") == 1, output
@@ -112,40 +111,91 @@ def test_the_death_of_a_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
 
 
 def test_too_many_processes_are_refused_once(tmp_path):
-    run = torchrun(4, command(tmp_path))
+    run = torchrun(4, flags_of(tmp_path))
     output = run.communicate(timeout=60)[0]
     assert run.returncode != 0 and output.count("error: 4 processes for 3 blocks") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("[pair.cc:534] Connection closed by peer [::1]:9\nmore"),
+            "another process of this run",
+        ),
+        (
+            RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"),
+            "another process of th",
+        ),
+        (
+            RuntimeError("Tensors must be contiguous\nException raised from"),
+            "talk: Tensors must be contiguous",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), None),
+        (ValueError("no group"), None),
+    ],
+)
+def test_an_error_in_a_collective_is_named_as_what_it_is(error, message, monkeypatch, capsys):
+    def call():
+        raise error
+
+    parallel.collective(call)  # without processes, nothing is called
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(noprop.Failure if message else type(error)) as caught:
+        parallel.collective(call)
+    if message:
+        assert message in str(caught.value) and caught.value.code == 1 and "\n" not in str(caught.value)
+    else:
+        assert caught.value is error
+
+
+def test_what_is_not_for_processes_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "rank_and_size", lambda: (0, 2))
+    for command in (["search"], ["evaluate", "a.pt"], ["merge", "a.pt", "b.pt"]):
+        refused(capsys, 2, command, "torchrun is for training")
+    refused(capsys, 2, ["train", *flags_of(tmp_path, "--objective=backprop")], "start it without torchrun")
+
+
+# --- Parts -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """Three blocks, each trained alone, and in "whole" the same three trained together."""
+    """Three blocks, each trained alone, and in "whole" the same three trained together, by the script."""
     folder = tmp_path_factory.mktemp("parts")
     for name in ("1", "2", "3"):
-        assert noprop.main(command(folder / name, "--embedding=fixed", f"--blocks={name}")) == 0
-    assert noprop.main(command(folder / "whole", "--embedding=fixed", "--select=last")) == 0
+        assert lab.main(["train", *flags_of(folder / name, FIXED, f"--blocks={name}")]) == 0
+    assert noprop.main(flags_of(folder / "whole", FIXED, "--select=last")) == 0
     return folder
+
+
+def merge(*files: Path, into: Path) -> int:
+    return lab.main(["merge", *(str(x / "noprop_hybrid.pt") for x in files), f"--output-dir={into}"])
 
 
 def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path):
     assert [x.name for x in (parts / "2").glob("[!.]*")] == ["noprop_hybrid.pt"]
-    files = [str(parts / name / "noprop_hybrid.pt") for name in ("1", "3", "2")]
-    assert noprop.main(["--merge", *files, "--output-dir", str(tmp_path)]) == 0
+    assert merge(*(parts / name for name in ("1", "3", "2")), into=tmp_path) == 0
     merged, whole = checkpoint(tmp_path), checkpoint(parts / "whole")
     assert same(merged["model"], whole["model"]) and merged["config"] == whole["config"]
-    for name in ("blocks.0", "blocks.2", "classifier"):
-        assert noprop.checksum(merged["training"][name]) == noprop.checksum(whole["training"][name])
-    names = {x.name for x in (parts / "whole").iterdir()}
-    assert {x.name for x in tmp_path.iterdir()} == names
+    for name in ("blocks.0", "blocks.1", "blocks.2", "classifier"):
+        assert equal(merged["training"]["parts"][name], whole["training"]["parts"][name])
+    losses = [x["training"]["history"][-1]["block_losses"] for x in (merged, whole)]
+    assert losses[0] == pytest.approx(losses[1])
+    assert {x.name for x in tmp_path.iterdir()} == {x.name for x in (parts / "whole").iterdir()}
 
 
-def test_a_block_of_a_whole_network_is_exchanged(trained, parts, tmp_path):
-    """A block retrained beside the embedding of a trained network takes the old one's place."""
-    whole, retrained = trained / "noprop_hybrid.pt", tmp_path / "new" / "noprop_hybrid.pt"
-    flags = ["--blocks=2", "--train-images=1024", "--epochs=1", "--seed=7", f"--embedding-from={whole}"]
-    assert noprop.main([*flags, f"--output-dir={tmp_path / 'new'}"]) == 0
-    assert noprop.main(["--merge", str(whole), str(retrained), "--output-dir", str(tmp_path)]) == 0
-    old, new, merged = (noprop.read_checkpoint(x)["model"] for x in (whole, retrained, tmp_path / whole.name))
+def test_a_block_of_a_whole_network_is_exchanged(tmp_path):
+    """A block retrained beside the learned embedding of a network takes the old one's place."""
+    whole, new = tmp_path / "whole", tmp_path / "new"
+    assert lab.main(["train", *flags_of(whole)]) == 0
+    flags = flags_of(new, "--blocks=2", f"--embedding-from={whole / 'noprop_hybrid.pt'}", seed=7)
+    assert lab.main(["train", *flags]) == 0
+    assert lab.main(["train", "--resume", f"--output-dir={new}"]) == 0
+    assert merge(whole, new, into=tmp_path) == 0
+    old, new, merged = (checkpoint(x)["model"] for x in (whole, new, tmp_path))
+    assert not same(old, merged)
     for name, value in merged.items():
         assert torch.equal(value, (new if name.startswith("blocks.1.") else old)[name]), name
 
@@ -153,13 +203,11 @@ def test_a_block_of_a_whole_network_is_exchanged(trained, parts, tmp_path):
 def test_a_block_trained_in_the_folder_of_the_network_whose_embedding_it_takes(parts, tmp_path, capsys):
     path = tmp_path / "noprop_hybrid.pt"
     path.write_bytes(content := (parts / "whole" / path.name).read_bytes())
-    flags = command(tmp_path, f"--embedding-from={tmp_path / 'typo.pt'}", "--blocks=2")
-    fails(capsys, 2, flags, "cannot read")
+    typo = f"--embedding-from={tmp_path / 'typo.pt'}"
+    refused(capsys, 2, ["train", *flags_of(tmp_path, typo, "--blocks=2")], "cannot read")
     assert path.read_bytes() == content
-    assert noprop.main(command(tmp_path, f"--embedding-from={path}", "--blocks=2")) == 0
-    assert (tmp_path / "noprop_hybrid.previous.pt").read_bytes() == content
-    for use in (["--evaluate"], ["--predict", "a.png"]):  # a chain with untrained blocks in it
-        fails(capsys, 2, [use[0], str(path), *use[1:]], "take all blocks, not 2 alone")
+    assert lab.main(["train", *flags_of(tmp_path, f"--embedding-from={path}", "--blocks=2")]) == 0
+    assert (tmp_path / "noprop_hybrid.1.pt").read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -168,18 +216,16 @@ def test_a_block_trained_in_the_folder_of_the_network_whose_embedding_it_takes(p
         (["1", "2"], "no file has block 3"),
         (["1", "2", "3", "2"], "block 2 is in"),
         (["1", "2", "other"], "differ in seed"),
-        (["whole", "seed"], "different label embeddings"),
+        (["whole", "other"], "different label embeddings"),
         (["1", "nowhere"], "cannot read"),
     ],
 )
 def test_parts_that_do_not_belong_together(parts, tmp_path, capsys, files, word):
-    if files[-1] in ("other", "seed") and not (parts / files[-1]).exists():
-        flags = command(parts / files[-1], "--embedding=fixed", "--blocks=3", seed=1)
-        assert noprop.main(flags) == 0
-        capsys.readouterr()
+    if files[-1] == "other" and not (parts / "other").exists():
+        assert lab.main(["train", *flags_of(parts / "other", FIXED, "--blocks=3", seed=1)]) == 0
     paths = [str(parts / name / "noprop_hybrid.pt") for name in files]
-    fails(capsys, 2, ["--merge", *paths, "--output-dir", str(tmp_path / "out")], word)
-    assert not (tmp_path / "out" / "noprop_hybrid.pt").exists()
+    refused(capsys, 2, ["merge", *paths, f"--output-dir={tmp_path / 'out'}"], word)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,4 +244,5 @@ def test_parts_that_do_not_belong_together(parts, tmp_path, capsys, files, word)
 )
 def test_bad_flags(capsys, tmp_path, monkeypatch, flags, word):
     monkeypatch.chdir(tmp_path)
-    fails(capsys, 2, flags, word)
+    refused(capsys, 2, ["train", *flags], word)
+    assert not list(tmp_path.iterdir())

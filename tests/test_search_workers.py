@@ -1,0 +1,241 @@
+"""Several workers of a search: what they share, what survives of one that dies, and bad databases."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import CPU, ROOT, noprop
+from laboratory import few_images, flags_of, lab, quick_lab, refused
+
+from noprop_lab import search as hpo
+from noprop_lab.networks import LabState
+from noprop_lab.settings import LabOptions
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    with quick_lab(monkeypatch):
+        yield
+
+
+def quick_search(arguments: list[str]) -> int:
+    """The command with few images and short heartbeats."""
+
+    def execute() -> int:
+        config, options, _ = lab.read_command_line("search", arguments)
+        data = few_images(config, options.data_root, CPU)
+
+        def new_state(config) -> LabState:
+            return LabState(config, CPU, data)
+
+        def run(config, content) -> int:
+            return noprop.run(new_state(config), data, options, content, lab.step_of(config))
+
+        return hpo.search(config, options, data, new_state, run, lab.step_of(config), heartbeat=(1, 3))
+
+    return noprop.guarded(execute)
+
+
+def flags(folder: Path, *more: str, **changes) -> list[str]:
+    return flags_of(folder, *more, **{"hpo_trials": 2, "hpo_epochs": 1, "threads": 1} | changes)
+
+
+def search(folder: Path, *more: str, **changes) -> int:
+    return quick_search(flags(folder, "--no-hpo-final-run", *more, **changes))
+
+
+QUICK = "import sys, test_search_workers; sys.exit(test_search_workers.quick_search(sys.argv[1:]))"
+
+
+def worker(arguments: list[str], code: str = QUICK) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def trials(folder: Path, url: str | None = None) -> list:
+    """All trials in the order of their numbers."""
+    url = url or f"sqlite:///{folder / 'noprop_hpo.db'}"
+    return optuna.load_study(study_name="noprop", storage=url).trials
+
+
+def done(found: list) -> list:
+    return [trial for trial in found if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def wait_until_it_runs(folder: Path, process: subprocess.Popen) -> None:
+    def running() -> bool:
+        """Whether a trial has ended its first epoch, and so has shown that it is alive."""
+        try:
+            return any(x.state.name == "RUNNING" and x.intermediate_values for x in trials(folder))
+        except Exception:  # there is no database yet
+            return False
+
+    deadline = time.monotonic() + 60
+    while not running():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("objective", ["hybrid", "dt"])
+def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
+    """Of another objective too; the second time, all is there."""
+    command = ["search", *flags(tmp_path, f"--objective={objective}", num_blocks=2)]
+    assert lab.main(command) == 0
+    output = capsys.readouterr().out
+    assert "Best of 2 complete trials" in output and "Test accuracy" in output
+    names = {"noprop_hpo.db", "hpo_best.json", "hpo_history.png", "hpo_slices.png", f"noprop_{objective}.pt"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    weights = (tmp_path / f"noprop_{objective}.pt").read_bytes()
+    assert lab.main(command) == 0
+    assert "Resuming" in capsys.readouterr().out
+    assert noprop.read_checkpoint(tmp_path / f"noprop_{objective}.pt")["training"]["step"] == 4
+    assert (tmp_path / f"noprop_{objective}.pt").read_bytes() == weights
+    given = lab.read_command_line(
+        "train", [f"--config={tmp_path / 'hpo_best.json'}", f"--objective={objective}"]
+    )
+    content = noprop.read_checkpoint(tmp_path / f"noprop_{objective}.pt")
+    assert given[0].saved() == content["config"]
+    if objective == "dt":
+        other = flags(tmp_path, num_blocks=2)
+        refused(capsys, 2, ["search", *other], "the search found there has")
+
+
+def take(folder: Path, at: float) -> None:
+    """Take twenty trials from that time on, and print their numbers."""
+    options = LabOptions(output_dir=folder)
+    study = optuna.load_study(study_name="a", storage=hpo.storage_of(options, 10, 60))
+    while time.time() < at:
+        pass
+    print(*(study.ask().number for _ in range(20)))
+
+
+def test_no_two_workers_take_the_same_trial(tmp_path):
+    """In SQLite, which can't lock a row."""
+    study = optuna.create_study(
+        study_name="a", storage=hpo.storage_of(LabOptions(output_dir=tmp_path), 10, 60)
+    )
+    for _ in range(60):
+        study.enqueue_trial({})
+    code = f"from test_search_workers import *; take(Path({str(tmp_path)!r}), {time.time() + 6})"
+    several = [worker([], code) for _ in range(2)]
+    taken = [int(x) for process in several for x in process.communicate(timeout=120)[0].split()]
+    assert len(taken) == len(set(taken)) == 40
+
+
+def test_two_workers_share_the_trials_and_one_trains(tmp_path):
+    several = [worker(flags(tmp_path, hpo_trials=7)) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in several]
+    assert [process.returncode for process in several] == [0, 0], outputs
+    found = trials(tmp_path)
+    assert len(found) == len(done(found)) == len({trial.params["lr"] for trial in found})
+    assert len(found) in (7, 8)  # at the end, each worker may be in a trial
+    assert sum("Training with the best settings" in output for output in outputs) >= 1
+    assert all(("Test accuracy" in x) != ("trains in this folder already" in x) for x in outputs), outputs
+    assert not (tmp_path / "noprop_hybrid.1.pt").exists()
+
+
+def test_the_trial_of_a_killed_worker_is_run_again(tmp_path):
+    process = worker(flags(tmp_path, "--no-hpo-final-run", hpo_epochs=3))
+    wait_until_it_runs(tmp_path, process)
+    process.kill()
+    process.communicate()
+    killed = trials(tmp_path)[-1]
+    time.sleep(4)  # the grace period; before, others would be run first
+    assert search(tmp_path, hpo_epochs=3) == 0
+    found = trials(tmp_path)
+    assert len(done(found)) == 2 and found[killed.number].state.name == "FAIL"
+    assert killed.params in [trial.params for trial in done(found)]
+
+
+def test_a_trial_whose_worker_died_before_its_first_heartbeat_holds_nobody_up(tmp_path):
+    assert search(tmp_path, hpo_trials=1) == 0
+    optuna.load_study(study_name="noprop", storage=f"sqlite:///{tmp_path / 'noprop_hpo.db'}").ask()
+    assert search(tmp_path, hpo_trials=2) == 0
+    states = [trial.state.name for trial in trials(tmp_path)]
+    assert len(states) == 3 and states.count("COMPLETE") == 2
+
+
+def test_a_trial_taken_for_dead_is_left_to_the_worker_that_has_it(tmp_path):
+    """A worker that was suspended wakes up after its trial was given away: it goes on with another."""
+    process = worker(flags(tmp_path, "--no-hpo-final-run", hpo_epochs=8, hpo_trials=3))
+    wait_until_it_runs(tmp_path, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    assert search(tmp_path, hpo_epochs=8, hpo_trials=1) == 0
+    process.send_signal(signal.SIGCONT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert "taken for dead" in output
+    assert len(done(trials(tmp_path))) == 3
+
+
+def test_a_signal_in_a_trial_loses_nothing(tmp_path):
+    process = worker(flags(tmp_path, hpo_epochs=200, hpo_trials=9, train_images=2000))
+    wait_until_it_runs(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "Traceback" not in output, output
+    assert output.endswith("are done.\nStopped. The same command goes on.\n") and not done(trials(tmp_path))
+    interrupted, again = trials(tmp_path)
+    assert (interrupted.state.name, again.state.name) == ("FAIL", "WAITING")
+    assert again.system_attrs["fixed_params"] == interrupted.params
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--hpo-storage=postgresql://user:secret@127.0.0.1:9/x"], "postgresql://user:***@127.0.0.1:9/x"),
+        (["--hpo-storage=nonsense"], "--hpo-storage is no URL of a database: nonsense"),
+        (["--hpo-storage=oracle://x"], "oracle"),
+        (["--hpo-storage=nothing://x"], "nothing"),
+    ],
+)
+def test_a_bad_database_is_named_without_its_password(tmp_path, capsys, more, word):
+    refused(capsys, 2, ["search", *flags(tmp_path), *more], word)
+    assert not (tmp_path / "noprop_hpo.db").exists()
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
+    (tmp_path / "noprop_hpo.db").write_text("this is a text" * 1000)
+    refused(capsys, 2, ["search", *flags(tmp_path)], "noprop_hpo.db", "file is not a database")
+
+
+def test_postgresql(tmp_path):
+    """Two workers in folders of their own share a real database."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("no PostgreSQL here (Debian's package postgresql)")
+    pytest.importorskip("psycopg2")
+    base, user = tmp_path / "pg", []
+    base.mkdir()
+    if os.geteuid() == 0:  # PostgreSQL refuses root
+        user = ["runuser", "-u", "postgres", "--"]
+        for folder in (base, tmp_path, *list(tmp_path.parents)[:3]):
+            folder.chmod(0o755)
+        shutil.chown(base, "postgres", "postgres")
+    run = dict(check=True, capture_output=True, cwd="/")
+    subprocess.run([*user, programs[-1] / "initdb", "-D", base / "db", "-A", "trust", "-U", "me"], **run)
+    options = f"-c listen_addresses= -c unix_socket_directories={base}"
+    control = [*user, programs[-1] / "pg_ctl", "-D", base / "db", "-w"]
+    subprocess.run([*control, "-l", base / "log", "-o", options, "start"], **run)
+    try:
+        url = f"postgresql+psycopg2://me@/postgres?host={base}"
+        storage = ("--no-hpo-final-run", f"--hpo-storage={url}")
+        several = [worker(flags(tmp_path / name, *storage, hpo_trials=5)) for name in ("a", "b")]
+        outputs = [process.communicate(timeout=120)[0] for process in several]
+        assert [process.returncode for process in several] == [0, 0], outputs
+        assert len(done(trials(tmp_path, url))) in (5, 6)
+        assert all((tmp_path / name / "hpo_best.json").exists() for name in ("a", "b"))
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], **run)
