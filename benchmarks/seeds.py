@@ -5,7 +5,8 @@
     python benchmarks/seeds.py --objective dt                 or of python -m noprop_lab train
 
 Runs noprop_example.py, or for the lab's flags the lab, once a seed, in runs/ below the current folder (one
-that is finished there is not run again, one that was stopped is resumed), and prints one Markdown table.
+that is finished there is not run again, one that was stopped is resumed), prints one Markdown
+table, and keeps the values of every seed in benchmarks/results/.
 """
 
 import argparse
@@ -110,7 +111,8 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     arguments, flags = parser.parse_known_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    [results] = run({" ".join(flags) or "default": flags}, seeds).values()
+    [(name, results)] = run({" ".join(flags) or "default": flags}, seeds).items()
+    rows: dict[str, list[float]] = {}
     for title, read, digits in (
         ("test accuracy, selected on validation", lambda x: x["test_accuracy"], 2),
         ("validation accuracy", lambda x: x["val_accuracy"], 2),
@@ -120,14 +122,18 @@ def main() -> int:
         ("seconds of training", lambda x: x["seconds"], 0),
         ("seconds in all", lambda x: x["seconds_total"], 0),
     ):
-        print(f"| {title} | {mean([read(x) for x in results], digits)} |")
+        rows[title] = [read(x) for x in results]
+        print(f"| {title} | {mean(rows[title], digits)} |")
     if results[0]["objective"] == "hybrid":
         config = network_of(folder_of(flags, seeds[0])).config
         test = data.load_data(config, noprop.Options.data_root).test
         found = [inferred(folder_of(flags, seed), config.temperature, test) for seed in seeds]
-        by_seed = [x["accuracy"][-1] for x in found]
+        rows["inference with DDPM's weights"] = by_seed = [x["accuracy"][-1] for x in found]
         print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
     print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")
+    kept = {"flags": name, "seeds": list(seeds), "versions": results[0]["versions"], "rows": rows}
+    path = Path(__file__).parent / "results" / f"seeds-{folder_of(flags, 0).parent.name}.json"
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
