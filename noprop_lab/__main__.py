@@ -101,10 +101,10 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
             own = SOURCES[dataset].settings if dataset in SOURCES else {}
             own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
         settings = {name: x for name, x in own.items() if getattr(start, name) == getattr(plain, name)}
+        settings |= {"step_threads": options.threads} if kind is backprop.BackpropConfig else {}
         settings |= given | {"dataset": dataset}
         settings |= {"embedding": "fixed"} if options.embedding_from else {}
         settings |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
-        settings |= {"step_threads": options.threads} if kind is backprop.BackpropConfig else {}
         return replace(start, **settings)
     except (TypeError, ValueError) as error:
         raise Failure(f"cannot use these settings: {error}") from error

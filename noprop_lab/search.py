@@ -23,6 +23,7 @@ from noprop_example import CHECKPOINT, Data, Failure, FolderInUse, Search, say
 from noprop_lab.settings import LabConfig, LabOptions
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
+LOCK = ".noprop_hpo.lock"  # among the workers that share an output folder
 
 
 def url_of(options: LabOptions):
@@ -115,10 +116,12 @@ class Worker(Search):
 
     def report(self) -> dict[str, Any]:
         """And draw Optuna's pictures."""
-        best, folder = super().report(), self.options.output_dir
-        enough = len(self.trials("COMPLETE")) >= 8  # to tell which setting decides
-        for what in ("history", "slices", "importance")[: 3 if enough else 2]:
-            noprop.picture(draw_search, folder / f"hpo_{what}.png", self, what)
+        folder = self.options.output_dir
+        with FileLock(folder / LOCK):  # others write the same files
+            best = super().report()
+            enough = len(self.trials("COMPLETE")) >= 8  # to tell which setting decides
+            for what in ("history", "slices", "importance")[: 3 if enough else 2]:
+                noprop.picture(draw_search, folder / f"hpo_{what}.png", self, what)
         say("Files    hpo_best.json (for --config), hpo_*.png")
         return best
 
@@ -144,7 +147,7 @@ def search(
     where = url_of(options).render_as_string()  # without a password
     warnings.simplefilter("ignore", ExperimentalWarning)  # so Optuna calls its heartbeats
     with noprop.caught_signals() as signalled:
-        with noprop.database_failures(where, 2), FileLock(options.output_dir / ".noprop_hpo.lock"):
+        with noprop.database_failures(where, 2), FileLock(options.output_dir / LOCK):
             storage = storage_of(options, *heartbeat)  # the lock: two at once would make the tables twice
             worker = Worker(config, options, data, new_state, step, suggest or space_of(config), storage)
         with noprop.database_failures(where, 1):

@@ -120,6 +120,14 @@ def test_a_preset_wins_over_a_data_set_and_a_flag_over_both(flags, block, epochs
     assert SOURCES[config.dataset].name in ("FashionMNIST", "CIFAR10", "CIFAR100")
 
 
+def test_the_twins_threads_are_a_setting_that_a_file_may_have(tmp_path):
+    """Their number is --threads where nothing else says it."""
+    (tmp_path / "a.json").write_text('{"step_threads": 3}')
+    twin, file = ["--objective=backprop", "--threads=2"], f"--config={tmp_path / 'a.json'}"
+    for flags, threads in ((twin, 2), ([*twin, file], 3), ([*twin, file, "--step-threads=4"], 4)):
+        assert lab.read_command_line("train", flags)[0].step_threads == threads
+
+
 def test_a_search_leaves_out_what_an_objective_does_not_know():
     names = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
     values = {name: 1e-3 if name == "embed_wd" else 0.1 for name in names}

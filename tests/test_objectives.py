@@ -161,7 +161,7 @@ def test_the_hybrid_loss_may_have_a_classifier_that_reads_z(batch):
 
 
 def test_dt_learns(data):
-    """Two epochs on 12,000 images, three blocks, the embedding fixed: see docs/evidence.md for a learned one."""
+    """Two epochs on 12,000 images, three blocks, the embedding fixed; docs/evidence.md has a learned one."""
     train = noprop.Split(data.train.images[:12_000], data.train.labels[:12_000])
     val, test = (noprop.Split(x.images[:2000], x.labels[:2000]) for x in data[1:3])
     config = DTConfig(**TINY | {"train_images": None, "epochs": 2}, embedding="fixed")
@@ -200,6 +200,12 @@ def test_all_threads_of_the_twin_share_a_step_and_are_given_back(batch, monkeypa
         with pytest.raises(RuntimeError):
             backprop.train_step(state, batch[0][:, :, :20], batch[1], 1e-3, parallel)
         assert seen == [3, 3] and torch.get_num_threads() == 1
+
+
+def test_the_twins_bits_depend_on_step_threads_alone(small_data):
+    config = BackpropConfig(**TINY | {"num_blocks": 2}, step_threads=2)
+    one, two = (tiny(small_data, config, threads) for threads in (1, 2))
+    assert same(one.model.state_dict(), two.model.state_dict())
 
 
 def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):

@@ -120,18 +120,9 @@ def test_too_many_processes_are_refused_once(tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (
-            RuntimeError("[pair.cc:534] Connection closed by peer [::1]:9\nmore"),
-            "another process of this run",
-        ),
-        (
-            RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"),
-            "another process of th",
-        ),
-        (
-            RuntimeError("Tensors must be contiguous\nException raised from"),
-            "talk: Tensors must be contiguous",
-        ),
+        (RuntimeError("[pair.cc:534] Connection closed by peer [::1]:9\nmore"), "another process"),
+        (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"), "another process"),
+        (RuntimeError("Tensors must be contiguous\nException raised from"), "talk: Tensors must"),
         (torch.OutOfMemoryError("CUDA out of memory."), None),
         (ValueError("no group"), None),
     ],

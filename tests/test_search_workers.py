@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import optuna
 import pytest
 from conftest import CPU, ROOT, noprop
+from filelock import FileLock, Timeout
 from laboratory import few_images, flags_of, lab, quick_lab, refused
 
 from noprop_lab import search as hpo
@@ -50,10 +52,8 @@ def search(folder: Path, *more: str, **changes) -> int:
     return quick_search(flags(folder, "--no-hpo-final-run", *more, **changes))
 
 
-QUICK = "import sys, test_search_workers; sys.exit(test_search_workers.quick_search(sys.argv[1:]))"
-
-
-def worker(arguments: list[str], code: str = QUICK) -> subprocess.Popen:
+def worker(arguments: list[str]) -> subprocess.Popen:
+    code = "import sys, test_search_workers; sys.exit(test_search_workers.quick_search(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
@@ -111,26 +111,23 @@ def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
         refused(capsys, 2, ["search", *other], "the search found there has")
 
 
-def take(folder: Path, at: float) -> None:
-    """Take twenty trials from that time on, and print their numbers."""
-    options = LabOptions(output_dir=folder)
-    study = optuna.load_study(study_name="a", storage=hpo.storage_of(options, 10, 60))
-    while time.time() < at:
-        pass
-    print(*(study.ask().number for _ in range(20)))
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_no_two_workers_take_the_same_trial(tmp_path, monkeypatch):
+    """Not in SQLite either, which can't lock a row: one looks, and the other comes before it writes."""
+    mine, other = (hpo.storage_of(LabOptions(output_dir=tmp_path), 10, 60) for _ in range(2))
+    study, taken, running = optuna.create_study(storage=mine), [], optuna.trial.TrialState.RUNNING
+    study.enqueue_trial({})
+    number = study.trials[0]._trial_id
+    thread = threading.Thread(target=lambda: taken.append(other.set_trial_state_values(number, running)))
 
+    def between(*_) -> None:
+        thread.start()
+        thread.join(0.5)
 
-def test_no_two_workers_take_the_same_trial(tmp_path):
-    """In SQLite, which can't lock a row."""
-    study = optuna.create_study(
-        study_name="a", storage=hpo.storage_of(LabOptions(output_dir=tmp_path), 10, 60)
-    )
-    for _ in range(60):
-        study.enqueue_trial({})
-    code = f"from test_search_workers import *; take(Path({str(tmp_path)!r}), {time.time() + 6})"
-    several = [worker([], code) for _ in range(2)]
-    taken = [int(x) for process in several for x in process.communicate(timeout=120)[0].split()]
-    assert len(taken) == len(set(taken)) == 40
+    monkeypatch.setattr(mine, "check_trial_is_updatable", between)
+    taken.append(mine.set_trial_state_values(number, running))
+    thread.join()
+    assert taken == [True, False]
 
 
 def test_two_workers_share_the_trials_and_one_trains(tmp_path):
@@ -156,6 +153,40 @@ def test_the_trial_of_a_killed_worker_is_run_again(tmp_path):
     found = trials(tmp_path)
     assert len(done(found)) == 2 and found[killed.number].state.name == "FAIL"
     assert killed.params in [trial.params for trial in done(found)]
+
+
+def test_workers_on_several_machines_may_make_the_tables_at_once(tmp_path, monkeypatch):
+    """The one that comes second tries again."""
+    import sqlalchemy
+    from optuna.storages import RDBStorage
+
+    make, made = RDBStorage.__init__, []
+
+    def second(self, *arguments, **more):
+        made.append(self)
+        if len(made) == 1:
+            raise sqlalchemy.exc.IntegrityError("CREATE TABLE studies", {}, Exception("there is one"))
+        make(self, *arguments, **more)
+
+    monkeypatch.setattr(RDBStorage, "__init__", second)
+    monkeypatch.setattr(hpo.time, "sleep", lambda seconds: None)
+    assert search(tmp_path, hpo_trials=1) == 0 and len(made) == 2
+
+
+def test_workers_report_one_after_another(tmp_path, monkeypatch):
+    """They write the same files in the same folder."""
+    write, written = noprop.write_file, []
+
+    def watched(path: Path, content: bytes) -> None:
+        if path.name.startswith("hpo_"):
+            with pytest.raises(Timeout):
+                FileLock(tmp_path / hpo.LOCK, timeout=0).acquire()
+            written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(noprop, "write_file", watched)
+    assert search(tmp_path, hpo_trials=1) == 0
+    assert written == ["hpo_best.json", "hpo_history.png", "hpo_slices.png"]
 
 
 def test_a_trial_whose_worker_died_before_its_first_heartbeat_holds_nobody_up(tmp_path):
