@@ -131,12 +131,12 @@ def test_no_two_workers_take_the_same_trial(tmp_path, monkeypatch):
 
 
 def test_two_workers_share_the_trials_and_one_trains(tmp_path):
-    several = [worker(flags(tmp_path, hpo_trials=7)) for _ in range(2)]
+    several = [worker(flags(tmp_path, hpo_trials=5)) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in several]
     assert [process.returncode for process in several] == [0, 0], outputs
     found = trials(tmp_path)
     assert len(found) == len(done(found)) == len({trial.params["lr"] for trial in found})
-    assert len(found) in (7, 8)  # at the end, each worker may be in a trial
+    assert len(found) in (5, 6)  # at the end, each worker may be in a trial
     assert sum("Training with the best settings" in output for output in outputs) >= 1
     assert all(("Test accuracy" in x) != ("trains in this folder already" in x) for x in outputs), outputs
     assert not (tmp_path / "noprop_hybrid.1.pt").exists()

@@ -1,0 +1,109 @@
+"""Blocks that are trained alone, and put together, are the blocks of one run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import noprop, same
+from laboratory import equal, flags_of, lab, quick_lab, refused
+
+FIXED = "--embedding=fixed"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    with quick_lab(monkeypatch):
+        yield
+
+
+def checkpoint(folder: Path) -> dict:
+    return noprop.read_checkpoint(folder / "noprop_hybrid.pt")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """Three blocks, each trained alone, and in "whole" the same three trained together, by the script."""
+    folder = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+        for name in ("1", "2", "3"):
+            assert lab.main(["train", *flags_of(folder / name, FIXED, f"--blocks={name}")]) == 0
+        assert noprop.main(flags_of(folder / "whole", FIXED, "--select=last")) == 0
+    return folder
+
+
+def merge(*files: Path, into: Path) -> int:
+    return lab.main(["merge", *(str(x / "noprop_hybrid.pt") for x in files), f"--output-dir={into}"])
+
+
+def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path):
+    assert [x.name for x in (parts / "2").glob("[!.]*")] == ["noprop_hybrid.pt"]
+    assert merge(*(parts / name for name in ("1", "3", "2")), into=tmp_path) == 0
+    merged, whole = checkpoint(tmp_path), checkpoint(parts / "whole")
+    assert same(merged["model"], whole["model"]) and merged["config"] == whole["config"]
+    for name in ("blocks.0", "blocks.1", "blocks.2", "classifier"):
+        assert equal(merged["training"]["parts"][name], whole["training"]["parts"][name])
+    losses = [x["training"]["history"][-1]["block_losses"] for x in (merged, whole)]
+    assert losses[0] == pytest.approx(losses[1])
+    assert {x.name for x in tmp_path.iterdir()} == {x.name for x in (parts / "whole").iterdir()}
+
+
+def test_a_block_of_a_whole_network_is_exchanged(tmp_path):
+    """A block retrained beside the learned embedding of a network takes the old one's place."""
+    whole, new = tmp_path / "whole", tmp_path / "new"
+    assert lab.main(["train", *flags_of(whole)]) == 0
+    flags = flags_of(new, "--blocks=2", f"--embedding-from={whole / 'noprop_hybrid.pt'}", seed=7)
+    assert lab.main(["train", *flags]) == 0
+    assert lab.main(["train", "--resume", f"--output-dir={new}"]) == 0
+    assert merge(whole, new, into=tmp_path) == 0
+    old, new, merged = (checkpoint(x)["model"] for x in (whole, new, tmp_path))
+    assert not same(old, merged)
+    for name, value in merged.items():
+        assert torch.equal(value, (new if name.startswith("blocks.1.") else old)[name]), name
+
+
+def test_a_block_trained_in_the_folder_of_the_network_whose_embedding_it_takes(parts, tmp_path, capsys):
+    path = tmp_path / "noprop_hybrid.pt"
+    path.write_bytes(content := (parts / "whole" / path.name).read_bytes())
+    typo = f"--embedding-from={tmp_path / 'typo.pt'}"
+    refused(capsys, 2, ["train", *flags_of(tmp_path, typo, "--blocks=2")], "cannot read")
+    assert path.read_bytes() == content
+    assert lab.main(["train", *flags_of(tmp_path, f"--embedding-from={path}", "--blocks=2")]) == 0
+    assert (tmp_path / "noprop_hybrid.1.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        (["1", "2"], "no file has block 3"),
+        (["1", "2", "3", "2"], "block 2 is in"),
+        (["1", "2", "other"], "differ in seed"),
+        (["whole", "other"], "different label embeddings"),
+        (["1", "nowhere"], "cannot read"),
+    ],
+)
+def test_parts_that_do_not_belong_together(parts, tmp_path, capsys, files, word):
+    if files[-1] == "other" and not (parts / "other").exists():
+        assert lab.main(["train", *flags_of(parts / "other", FIXED, "--blocks=3", seed=1)]) == 0
+    paths = [str(parts / name / "noprop_hybrid.pt") for name in files]
+    refused(capsys, 2, ["merge", *paths, f"--output-dir={tmp_path / 'out'}"], word)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--blocks=3"], "takes --embedding fixed"),
+        (["--blocks=3", "--embedding=fixed", "--select=validation"], "and --select last"),
+        (["--embedding=learned", "--embedding-from=a.pt"], "freezes the embedding"),
+        (["--blocks=0", "--embedding=fixed"], "between 1 and num_blocks"),
+        (["--blocks=11", "--embedding=fixed"], "between 1 and num_blocks"),
+        (["--blocks=2,1-3", "--embedding=fixed"], "each of them once"),
+        (["--blocks=a", "--embedding=fixed"], "must look like"),
+        (["--blocks=3-1", "--embedding=fixed"], "must name blocks"),
+        (["--blocks=1", "--embedding-from=nothing.pt"], "cannot read nothing.pt"),
+    ],
+)
+def test_bad_flags(capsys, tmp_path, monkeypatch, flags, word):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, 2, ["train", *flags], word)
+    assert not list(tmp_path.iterdir())
