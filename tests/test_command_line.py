@@ -301,7 +301,13 @@ def test_signals_leave_whole_files(tmp_path, number, code):
         "--num-blocks=3",
         f"--output-dir={tmp_path}",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also where nohup ignores it
+    )
     lines = [process.stdout.readline(), process.stdout.readline()]  # the header, the first epoch
     assert lines[1].startswith("epoch")
     time.sleep(0.3)
