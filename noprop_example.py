@@ -1394,7 +1394,7 @@ class Search:
             self.study.set_user_attr("settings", common)
             first = {k: settings[k] for k in space if k in settings}
             offered = {k: x for k, x in first.items() if x in getattr(space[k], "choices", [x])}
-            self.study.enqueue_trial(offered)
+            self.study.enqueue_trial(offered, skip_if_exists=True)
         for name in there | common:
             if there.get(name) != common.get(name):
                 found = f"the search found there has {name} {there.get(name)}, not {common.get(name)}"
@@ -1532,7 +1532,10 @@ def refuse_moved(arguments: list[str]) -> None:
                 asked = [x for x in ("evaluate", "predict") if f"--{x} " in given]
                 command = asked[0] if asked else "search" if "--run-hpo " in given else command
                 own = ("--run-hpo", "--merge", "--evaluate", "--predict")
-                rest = shlex.join(x for x in arguments if x not in own)
+                plain = [
+                    part for x in arguments for part in (x.split("=", 1) if x.split("=")[0] in own else [x])
+                ]
+                rest = shlex.join(x for x in plain if x not in own)
                 raise Failure(f"{name} is in the lab: python -m noprop_lab {command} {rest}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         raise Failure("this script is one process: torchrun --nproc-per-node N -m noprop_lab train")

@@ -144,6 +144,7 @@ MOVED = {
     "--merge a.pt b.pt": "merge a.pt b.pt",
     "--run-hpo --hpo-storage x": "search --hpo-storage x",
     "--evaluate a.pt --early-exit 0.9": "evaluate a.pt --early-exit 0.9",
+    "--evaluate=a.pt --early-exit=0.9": "evaluate a.pt --early-exit=0.9",
     "--predict a.pt b.png --early-exit 0.9": "predict a.pt b.png --early-exit 0.9",
     "--run-hpo --dataset kmnist": "search --dataset kmnist",
 }
