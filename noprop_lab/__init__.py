@@ -5,6 +5,7 @@ It imports the script, which never imports it. python -m noprop_lab --help names
     settings.py   Config and Options of the lab: the script's, and what it does not know
     dt.py         the paper's own objective, NoProp-DT, and its block
     backprop.py   the twin: the same chain, trained end to end
+    networks.py   networks and states for these configs
     data.py       Fashion-MNIST, KMNIST, CIFAR, folders of pictures
     pictures.py   a user's pictures as a data set has its own
     parts.py      blocks that are trained alone, and put together
