@@ -126,18 +126,13 @@ def test_after_a_signal_the_best_so_far_is_written(tmp_path, small_data, capsys)
 
 def test_the_trial_of_a_killed_process_is_run_again(tmp_path):
     command = [sys.executable, str(ROOT / "noprop_example.py"), *flags(tmp_path, hpo_epochs=500)]
-    process = subprocess.Popen([*command, "--no-hpo-final-run"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--no-hpo-final-run"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("Search: ")  # the database is made
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while not any(len(trial.params) == 5 for trial in trials(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
-        if (tmp_path / "noprop_hpo.db").exists():
-            try:
-                if any(len(trial.params) == 5 for trial in trials(tmp_path)):
-                    break
-            except Exception:  # the tables are being made
-                continue
     process.kill()
-    process.wait()
+    process.communicate()
     assert [trial.state.name for trial in trials(tmp_path)] == ["RUNNING"]
     assert search(tmp_path, hpo_epochs=500, hpo_timeout=1e-9) == 3  # no time for a trial: it only takes over
     dead, waiting = trials(tmp_path)
