@@ -544,7 +544,7 @@ MD5 = {  # of MNIST's files, unpacked
 
 def read_idx(folder: Path, name: str, md5: str) -> bytes:
     """Contents of a file in MNIST's format, packed or not, whose bytes have this md5. Raises Failure."""
-    path = folder / name if not (folder / f"{name}.gz").exists() else folder / f"{name}.gz"
+    path = folder / name if not os.path.exists(folder / f"{name}.gz") else folder / f"{name}.gz"
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -670,16 +670,14 @@ class State:
             modules = self.averaged.get_submodule(name), module
             averaged, vector = (flatten(x) for x in modules)
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
-            fused = device.type in ("cpu", "cuda")
-            self.parts[name] = vector
+            self.parts[name], fused = vector, device.type in ("cpu", "cuda")
             self.optimizers[name] = torch.optim.AdamW([vector], weight_decay=decay, fused=fused)
             buffers = [[x for x in module.buffers() if x.is_floating_point()] for module in modules]
             self.tensors[name] = [averaged.detach(), *buffers[0]], [vector.detach(), *buffers[1]]
         self.step, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0
         self.embedding_norm_start = self.model.label_embedding.weight.norm(dim=1).mean().item()
         self.log: list[Tensor] = []  # a row a step of this epoch: losses, then gradient norms
-        self.history: list[dict[str, Any]] = []
-        self.selected = self.averaged.state_dict()
+        self.history, self.selected = [], self.averaged.state_dict()
 
     def update(self, name: str, lr: float) -> Tensor:
         """Clip one part's gradient by itself, step, move its average; returns the gradient's norm."""
@@ -1214,10 +1212,12 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
             if not state.finished() and (number := signalled()):
                 raise KeyboardInterrupt(number)
     except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # of Python itself, at a second Ctrl-C: a step may be half done
+            raise
         state.save(path, digest)
         bar.clear()
         say(f"Stopped after step {state.step} of {steps}; the same with --resume goes on.")
-        return 128 + (interrupt.args or [signal.SIGINT])[0]
+        return 128 + interrupt.args[0]
     finally:
         bar.close()
     return 0
@@ -1390,8 +1390,7 @@ class Search:
         common = json.loads(json.dumps(common | {"hpo_objective": options.hpo_objective}))
         there = self.study.user_attrs.get("settings")
         if there is None:
-            there = common
-            self.study.set_user_attr("settings", common)
+            self.study.set_user_attr("settings", there := common)
             first = {k: settings[k] for k in space if k in settings}
             offered = {k: x for k, x in first.items() if x in getattr(space[k], "choices", [x])}
             self.study.enqueue_trial(offered, skip_if_exists=True)
@@ -1579,14 +1578,15 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     path = options.evaluate or [*options.predict, options.output_dir / CHECKPOINT.format("hybrid")][0]
     if len(options.predict) == 1:
         raise Failure("--predict takes a checkpoint and then at least one image file")
-    if options.evaluate or options.predict or (options.resume and path.exists()):
+    if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content = read_checkpoint(path)
         start = config_of(content, path)
         config, free = parse(start, rest), ("temperature", "weights") if options.evaluate else ("epochs",)
         refuse_contradictions(config, start, start_of(options), free if not options.predict else (), path)
         return config, options, content
     if options.resume:
-        if others := [x.name for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1]:
+        there = os.path.isdir(path.parent)  # False also for a name that can't be one
+        if there and (others := [x.name for x in path.parent.glob("noprop_*.pt") if len(x.suffixes) == 1]):
             raise Failure(f"{others[0]} is of the lab: python -m noprop_lab train --resume")
         say(f"Nothing to resume at {path}: starting from the beginning.")
     return parse(start_of(options), rest), options, None

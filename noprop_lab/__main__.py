@@ -62,7 +62,7 @@ def read_command_line(
     if command == "predict" and len(options.predict) < 2:
         raise Failure("predict takes a checkpoint and then at least one image file")
     path = checkpoint_of(options)
-    if options.evaluate or options.predict or (options.resume and path.exists()):
+    if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content = noprop.read_checkpoint(path)
         start = config_of(content, path)
         config = parse(start, rest)
@@ -78,7 +78,8 @@ def checkpoint_of(options: LabOptions) -> Path:
     """The checkpoint that is read, or written."""
     if options.evaluate or options.predict:
         return options.evaluate or options.predict[0]
-    found = [x for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1]
+    there = os.path.isdir(options.output_dir)  # which also takes names that are none
+    found = [x for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1] if there else []
     if options.resume and not options.objective and found:
         if len(found) > 1:
             names = ", ".join(x.stem.removeprefix("noprop_") for x in found)

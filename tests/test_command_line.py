@@ -110,6 +110,12 @@ def test_bad_flags(capsys, tmp_path, monkeypatch, arguments, word):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", [["--data-root"], ["--resume", "--output-dir"]])
+def test_a_path_that_cannot_even_be_looked_up_is_one_line(capsys, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, 2, [*flags, "a" * 300], "File name too long")
+
+
 def test_presets_and_flags():
     def read(*arguments: str) -> noprop.Config:
         return noprop.read_command_line(list(arguments))[0]
@@ -314,7 +320,7 @@ def test_signals_leave_whole_files(tmp_path, number, code):
     time.sleep(0.3)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and errors == "" and "Test accuracy" in output
+    assert process.returncode == code == 128 + number and errors == "" and "Test accuracy" in output
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     summary = json.loads((tmp_path / "noprop_hybrid.json").read_text())
     assert 1 <= summary["epochs"] == len(checkpoint["training"]["history"]) < 50 and not summary["finished"]
@@ -329,15 +335,19 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
-    assert result.stdout == "" and not list(tmp_path.iterdir())
-    assert not {"matplotlib", "optuna", "torchvision", "PIL", "tyro"} & set(result.stderr.split())
+    assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir()), result.stderr
+    modules = set(result.stderr.split())
+    assert "noprop_example" in modules
+    assert not {"matplotlib", "optuna", "torchvision", "PIL", "tyro"} & modules
 
 
 @pytest.mark.parametrize("fault", ["backend", "style"])
 def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
-    """A backend that is not there: results, a line a picture, exit code 1; a style changes nothing."""
+    """No such backend: results, a line a picture, exit code 1; a style or a window's backend do nothing."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    environment = {"MPLBACKEND": "nonsense"} if fault == "backend" else {"MATPLOTLIBRC": str(tmp_path)}
+    environment = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://nonsense.backend"}
+    if fault == "backend":
+        environment = {"MPLBACKEND": "nonsense"}  # a name that matplotlib refuses when it is imported
     run = subprocess.run(
         [sys.executable, SCRIPT, *flags], env=os.environ | environment, capture_output=True, text=True
     )

@@ -123,10 +123,19 @@ def test_z_0_has_the_temperature_as_its_deviation():
 
 
 @pytest.mark.parametrize(
-    "images", [torch.rand(2, 27, 28), torch.rand(2, 28, 28) * 255, torch.full((2, 28, 28), torch.nan)]
+    "images",
+    [
+        torch.rand(2, 27, 28),
+        torch.rand(2, 3, 28, 28),
+        torch.rand(2, 28, 28) * 255,
+        -torch.rand(2, 28, 28),
+        torch.full((2, 28, 28), torch.nan),
+        torch.zeros(2, 28, 28, dtype=torch.int64),
+    ],
+    ids=["narrow", "colour", "to 255", "negative", "nan", "int64"],
 )
 def test_images_that_are_none_are_refused(images):
-    with pytest.raises(ValueError, match="images"):
-        noprop.NoProp(1).predict(images)
-    with pytest.raises(ValueError, match="images"):
-        noprop.NoProp(1).predict(torch.zeros(2, 28, 28, dtype=torch.int64))
+    model = noprop.NoProp(1)
+    for ask in (model.predict, model.probabilities):
+        with pytest.raises(ValueError, match="images"):
+            ask(images)

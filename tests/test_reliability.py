@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -145,14 +146,16 @@ def test_a_run_on_other_images_is_not_resumed(tmp_path, capsys):
         noprop.run(state, other, options, content)
 
 
-def test_a_signal_after_the_last_epoch_does_not_stop_a_finished_run(tmp_path, monkeypatch, capsys):
-    summarize = noprop.summarize
+@pytest.mark.parametrize("place", ["evaluate", "summarize"])  # of the last epoch, of the results
+def test_a_signal_after_the_last_step_does_not_stop_a_finished_run(tmp_path, monkeypatch, capsys, place):
+    function, calls = getattr(noprop, place), []
 
     def interrupted(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        return summarize(*arguments)
+        if not calls:
+            calls.append(signal.raise_signal(signal.SIGINT))
+        return function(*arguments)
 
-    monkeypatch.setattr(noprop, "summarize", interrupted)
+    monkeypatch.setattr(noprop, place, interrupted)
     assert noprop.main(tiny_flags(tmp_path)) == 0
     assert "Stopped" not in capsys.readouterr().out and (tmp_path / "noprop_hybrid.json").exists()
 
@@ -172,6 +175,22 @@ def test_the_second_signal_does_what_it_did_before():
         signal.raise_signal(signal.SIGINT)
         assert signalled() == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_signal_inside_a_step_saves_no_half_of_it(undisturbed, tmp_path):
+    """Whatever the second Ctrl-C does, --resume is exact."""
+
+    def twice(state, *rest):
+        if state.step == 5:
+            signal.raise_signal(signal.SIGINT)
+            noprop.train_block(state, 1, *rest[:-1])
+            signal.raise_signal(signal.SIGINT)
+        return noprop.train_step(state, *rest)
+
+    with suppress(KeyboardInterrupt):
+        run(tmp_path, twice)
+    assert noprop.main([*tiny_flags(tmp_path), "--epochs=3", "--resume"]) == 0
+    assert fingerprint(tmp_path) == undisturbed
 
 
 def test_another_users_lock_and_a_file_system_without_locks_are_one_line(tmp_path, monkeypatch):

@@ -209,7 +209,8 @@ def test_any_name_of_a_folder(tmp_path, name):
 
 def test_a_second_search_in_the_same_folder_is_refused(tmp_path, capsys):
     with noprop.output_folder(tmp_path):
-        fails(capsys, 2, flags(tmp_path), "another run writes into")
+        fails(capsys, 2, [*flags(tmp_path), "--no-hpo-final-run"], "another run writes into")
+    assert not (tmp_path / "noprop_hpo.db").exists()
 
 
 @pytest.mark.parametrize(
