@@ -1123,7 +1123,7 @@ def caught_signals() -> Iterator[Callable[[], int]]:
     """
     received, before = [], {}
 
-    def restore(*_) -> None:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -1132,11 +1132,10 @@ def caught_signals() -> Iterator[Callable[[], int]]:
         restore()
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if (
-                number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup
-                before.setdefault(number, signal.signal(number, note))
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup ignores it
+        ignored = not hang_up or signal.getsignal(hang_up) == signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *([] if ignored else [hang_up])):
+            before[number] = signal.signal(number, note)
     try:
         yield lambda: received[0] if received else 0
     finally:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import noprop_example as noprop
-from noprop_example import CHECKPOINT, Failure, NoProp, reverse_steps, say
+from noprop_example import CHECKPOINT, Failure, NoProp, say
 from noprop_lab import backprop, parallel, parts
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
@@ -46,7 +46,7 @@ class Command:
 
 def translated(command: str, arguments: list[str]) -> list[str]:
     """The flags that say what a command and its files mean."""
-    return {"search": ["--run-hpo"]}.get(command, [f"--{command}"] * (command != "train")) + arguments
+    return {"train": [], "search": ["--run-hpo"]}.get(command, [f"--{command}"]) + arguments
 
 
 def read_command_line(
@@ -85,13 +85,12 @@ def checkpoint_of(options: LabOptions) -> Path:
             names = ", ".join(x.stem.removeprefix("noprop_") for x in found)
             raise Failure(f"{options.output_dir} has several runs: add --objective, one of {names}")
         return found[0]
-    objective = options.objective or ("dt" if options.preset == "paper" else "hybrid")
-    return options.output_dir / CHECKPOINT.format(objective)
+    return options.output_dir / CHECKPOINT.format(options.named_objective or "hybrid")
 
 
 def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfig:
     """The config that flags change: of an objective, a preset, a data set's own settings, a file."""
-    kind = CONFIGS[options.objective or ("dt" if options.preset == "paper" else "hybrid")]
+    kind = CONFIGS[options.named_objective or "hybrid"]
     if options.preset == "paper" and kind is not DTConfig:
         raise Failure("--preset paper is a setting of --objective dt")
     given = noprop.read_settings(options.config)
@@ -113,7 +112,7 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
 
 def refuse_contradictions(config, saved, options: LabOptions, content, path: Path, arguments) -> None:
     """Raise Failure for what a checkpoint has otherwise: a setting, or what chooses or implies some."""
-    kind = options.objective or ("dt" if options.preset == "paper" else content["objective"])
+    kind = options.named_objective or content["objective"]
     if kind != content["objective"]:
         raise Failure(
             f"--objective {kind} contradicts {path}, which has {content['objective']}: leave it out"
@@ -171,7 +170,6 @@ def step_of(config: LabConfig) -> Callable:
 def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """Print the test accuracy of a trained network, with the temperature and weights of the config."""
     test = load_data(config, options.data_root, device).test
-    model.steps = reverse_steps(model.alpha_bar, config.weights == "equal")
     if options.early_exit < 1:
         if config.temperature:
             raise Failure("--early-exit does not sample: it takes --temperature 0")

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+import noprop_example
 from noprop_example import CPU, Data, Failure, Split, augment, read_mnist, send, split_data
 from noprop_lab.pictures import read_picture
 from noprop_lab.settings import LabConfig
@@ -26,12 +27,7 @@ MD5 = {  # of the unpacked files, in the order of noprop_example.MD5; KMNIST's a
         "15d484375f8d13e6eb1aabb0c3f46965",
     )
 }
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+FILES = tuple(noprop_example.MD5)
 
 
 def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data:

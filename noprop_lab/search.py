@@ -20,6 +20,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 import noprop_example as noprop
 from noprop_example import CHECKPOINT, Data, Failure, FolderInUse, Search, say
+from noprop_lab.networks import objective_of
 from noprop_lab.settings import LabConfig, LabOptions
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
@@ -156,7 +157,7 @@ def search(
         return code
     say("\nTraining with the best settings.")
     final = replace(config, **best)
-    name = CHECKPOINT.format(worker.new_state(final).objective.name)
+    name = CHECKPOINT.format(objective_of(final).name)
     try:
         return run(final, noprop.begun(options.output_dir / name, final))
     except FolderInUse:

@@ -119,6 +119,11 @@ class LabOptions(Options):
     early_exit: float = 1.0  # evaluate, predict: an image leaves the chain once a class is more probable
     hpo_storage: str | None = None  # search: a database URL for several machines; None: noprop_hpo.db
 
+    @property
+    def named_objective(self) -> str | None:
+        """The objective that the flags name: --preset paper is a setting of dt."""
+        return self.objective or ("dt" if self.preset == "paper" else None)
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.early_exit <= 1:

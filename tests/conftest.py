@@ -1,5 +1,6 @@
 """What the tests share: the script as a module, real MNIST in small slices, and a small trained network."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def flags(tmp_path) -> list[str]:
     """The command line of a run of seconds that writes into tmp_path."""
     names = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     return [*names, f"--output-dir={tmp_path}"]
+
+
+def fails(capsys, code: int, arguments: list[str], *words: str, main=noprop.main) -> None:
+    """The command ends with that exit code and a line, or tyro's box, that holds the words; no traceback."""
+    try:
+        result = main(arguments)
+    except SystemExit as exit:
+        result = exit.code
+    message = capsys.readouterr().err
+    assert result == code, message
+    assert "Traceback" not in message
+    assert message.count("\n") == 1 or "For full helptext" in message, message
+    flat = re.sub(r"[\s│]+", " ", message)
+    for word in words:
+        assert word in flat, message
 
 
 def train_tiny(data: noprop.Data, threads: int = 1, **changes) -> noprop.State:

@@ -1,13 +1,12 @@
 """What the tests of the lab share."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-from conftest import CPU, TINY, noprop
+from conftest import CPU, TINY, fails, noprop
 
 from noprop_lab import __main__ as lab
 from noprop_lab import data as lab_data
@@ -40,19 +39,9 @@ def quick_lab(monkeypatch) -> Iterator[None]:
 
 
 def refused(capsys, code: int, arguments: list[str], *words: str, main=lab.main) -> None:
-    """The command ends with that exit code and a line, or tyro's box, that holds the words; no traceback."""
+    """fails(), of a command of the lab; what was printed before it does not count."""
     capsys.readouterr()
-    try:
-        result = main(arguments)
-    except SystemExit as end:
-        result = end.code
-    message = capsys.readouterr().err
-    assert result == code, message
-    assert "Traceback" not in message
-    assert message.count("\n") == 1 or "For full helptext" in message, message
-    flat = re.sub(r"[\s│]+", " ", message)
-    for word in words:
-        assert word in flat, message
+    fails(capsys, code, arguments, *words, main=main)
 
 
 def untrained(folder: Path, config: LabConfig | None = None) -> Path:

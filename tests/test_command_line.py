@@ -14,25 +14,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, noprop, same
+from conftest import ROOT, TINY, fails, noprop, same
 from PIL import Image
 
 SCRIPT = str(ROOT / "noprop_example.py")
-
-
-def fails(capsys, code: int, arguments: list[str], *words: str) -> None:
-    """The command ends with that exit code and a line, or tyro's box, that holds the words; no traceback."""
-    try:
-        result = noprop.main(arguments)
-    except SystemExit as exit:
-        result = exit.code
-    message = capsys.readouterr().err
-    assert result == code, message
-    assert "Traceback" not in message
-    assert message.count("\n") == 1 or "For full helptext" in message, message
-    flat = re.sub(r"[\s│]+", " ", message)
-    for word in words:
-        assert word in flat, message
 
 
 def test_files_of_a_run(trained, capsys):

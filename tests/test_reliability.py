@@ -9,8 +9,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import ROOT, TINY, noprop
-from test_command_line import fails
+from conftest import ROOT, TINY, fails, noprop
 
 from benchmarks.faults import fingerprint
 

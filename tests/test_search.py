@@ -11,8 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, TINY, noprop
-from test_command_line import fails
+from conftest import ROOT, TINY, fails, noprop
 
 
 def flags(folder: Path, **changes) -> list[str]:
