@@ -22,7 +22,7 @@ Time runs from noise to label: ᾱ_0 = 0.001 is noise, ᾱ_T = 0.999 is the labe
     η₁, η₂   eta, lam                       weights of the hybrid loss
 
 Measured: 99.58 ± .01 % on MNIST's test images (mean ± standard error of seeds 0 to 9, weights chosen on
-validation images; block 1 alone 99.42 ± .02), three minutes on two CPU cores (matmul peak 140-200 GFLOP/s).
+validation images; block 1 alone 99.42 ± .02), two to three minutes on two CPU cores (140-217 GFLOP/s).
 
     python noprop_example.py                                     train, evaluate, draw
     python noprop_example.py --evaluate noprop_hybrid.pt         test accuracy of a trained network
