@@ -81,19 +81,27 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
 def draw_search(search: Search, what: str):
     """One of Optuna's pictures: the trials one after another, by each setting, or which setting decides."""
     import optuna
+    from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    warnings.simplefilter("ignore")  # about ranges of a single value
-    plot = {"history": plots.plot_optimization_history, "slices": plots.plot_slice}.get(what)
-    if plot:
-        axes = np.ravel(plot(search.study, target_name=f"validation {search.options.hpo_objective}"))
-        for x in axes:
-            x.set_yscale("log")
-        return axes[0].figure
-    quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-    axes = plots.plot_param_importances(search.study, evaluator=quarter)
-    axes.set_title("Importance for being in the best quarter of the trials", loc="left")
-    return axes.figure
+    name = {"loss": "validation loss", "error": "validation error, %"}[search.options.hpo_objective]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about ranges of a single value
+        if what == "importance":
+            quarter = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+            axes = [plots.plot_param_importances(search.study, evaluator=quarter, target_name=name)]
+            axes[0].set_title(
+                "Importance for being in the best quarter of the trials", loc="left", fontsize=11
+            )
+        else:
+            plot = {"history": plots.plot_optimization_history, "slices": plots.plot_slice}[what]
+            axes = np.ravel(plot(search.study, target_name=name))
+            for x in axes:
+                x.set_yscale("log")
+    figure = axes[0].figure
+    figure.set_layout_engine("constrained")  # Optuna's own cuts long names off
+    pyplot.close(figure)  # it would be kept for a window
+    return figure
 
 
 class Worker(Search):
