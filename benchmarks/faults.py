@@ -52,6 +52,7 @@ def digest(value) -> str:
 def fingerprint(folder: Path) -> str:
     """The digest of everything in the checkpoint but the timings."""
     content = noprop.read_checkpoint(folder / "noprop_hybrid.pt")
+    content.pop("path")
     content["training"].pop("seconds")
     for record in content["training"]["history"]:
         record.pop("seconds")

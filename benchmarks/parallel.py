@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from benchmarks.machine import matmul_peak
 from noprop_lab import __main__ as lab
+from noprop_lab import networks
 
 IMAGES = 54_784  # 107 steps of 512
 
@@ -62,7 +64,7 @@ def measure(processes: int, threads: int, *flags: str) -> dict:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         notes = [json.loads(x.read_text()) for x in Path(folder).glob("worker*.json")]
-        training = noprop.read_checkpoint(Path(folder) / "noprop_hybrid.pt")["training"]
+        training = networks.read_checkpoint(Path(folder) / "noprop_hybrid.pt")["training"]
     return {
         "seconds": training["seconds"],
         "bytes a step": notes[0]["all_reduce"] / training["step"],
@@ -93,7 +95,7 @@ def main() -> int:
     results["5 processes of 1 thread"] = [measure(5, 1)]
     parameters = sum(x.numel() for x in noprop.build(noprop.Config()).parameters())
     middle = {name: statistics.median(x["seconds"] for x in runs) for name, runs in results.items()}
-    peak = noprop.matmul_peak("cpu")
+    peak = matmul_peak()
     print(f"Float32 matmul peak {peak:.0f} GFLOP/s, {torch.get_num_threads()} cores; {rounds} rounds\n")
     print("| | images/s (range) | bytes a step | peak MiB a process |\n|---|---|---|---|")
     for name, runs in results.items():

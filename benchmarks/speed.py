@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from benchmarks.machine import matmul_peak
 from noprop_example import Config, State
 from noprop_lab import backprop
 from noprop_lab.early_exit import early_exit
@@ -94,7 +95,7 @@ def flops(call: Callable[[], object]) -> float:
 
 def bfloat16_slowdown() -> float:
     """Time of bfloat16 products ÷ float32's: without instructions for them, a CPU has up to hundreds."""
-    long, short = (noprop.matmul_peak(str(DEVICE), x, size=256) for x in (torch.float32, torch.bfloat16))
+    long, short = (matmul_peak(str(DEVICE), x, size=256) for x in (torch.float32, torch.bfloat16))
     return long / short
 
 
@@ -152,7 +153,7 @@ def machine() -> None:
     """Matmul peaks, float32 and bfloat16."""
     report("cores used", THREADS, f"{THREADS}")
     for dtype in (torch.float32, torch.bfloat16):
-        peak = noprop.matmul_peak(str(DEVICE), dtype)
+        peak = matmul_peak(str(DEVICE), dtype)
         report(f"{str(dtype).split('.')[1]} matmul peak, GFLOP/s", peak, f"{peak:.0f}")
 
 
@@ -313,7 +314,7 @@ def original() -> float:
     Each is a training step of one 628 k block and a forward pass of the last block without gradient. The
     block is ours of that size, which pools before its batch norm and so costs less than the original's.
     """
-    block = noprop.BLOCKS["reference"](target="noise").to(DEVICE)
+    block = noprop.build(noprop.Config.reference(num_blocks=1), DEVICE).blocks[0]
     last, optimizer = copy.deepcopy(block), torch.optim.AdamW(block.parameters(), lr=0.01)
     (image, label), alpha_bar, loss_of = random_batch(128), noprop.cosine_schedule(10), noprop.Hybrid()
     W, noise = torch.randn(10, 20, device=DEVICE), torch.randn(128, 20, device=DEVICE)

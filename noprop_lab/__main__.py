@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 import noprop_example as noprop
-from noprop_example import CHECKPOINT, Failure, NoProp, say
+from noprop_example import Failure, NoProp, say
 from noprop_lab import backprop, parallel, parts
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
-from noprop_lab.networks import CONFIGS, LabState, config_of, embedding_from, network_of
+from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint
 from noprop_lab.pictures import read_picture
 from noprop_lab.settings import SOURCES, LabConfig, LabOptions
 
@@ -63,11 +64,8 @@ def read_command_line(
         raise Failure("predict takes a checkpoint and then at least one image file")
     path = checkpoint_of(options)
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
-        content = noprop.read_checkpoint(path)
-        start = config_of(content, path)
-        config = parse(start, rest)
-        refuse_contradictions(config, start, options, content, path, arguments)
-        return config, options, content
+        content = read_checkpoint(path)
+        return over_checkpoint(options, content, path, rest, arguments, parse), options, content
     if options.resume:
         say(f"Nothing to resume at {path}: starting from the beginning.")
     start = start_of(options)
@@ -85,7 +83,16 @@ def checkpoint_of(options: LabOptions) -> Path:
             names = ", ".join(x.stem.removeprefix("noprop_") for x in found)
             raise Failure(f"{options.output_dir} has several runs: add --objective, one of {names}")
         return found[0]
-    return options.output_dir / CHECKPOINT.format(options.named_objective or "hybrid")
+    return options.checkpoint(CONFIGS[options.named_objective or "hybrid"])
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """The settings of a JSON file, such as hpo_best.json or a run's summary. Raises Failure."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        return dict(content.get("config", content))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Failure(f"cannot read settings from {path}: it must be like hpo_best.json") from error
 
 
 def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfig:
@@ -93,7 +100,7 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
     kind = CONFIGS[options.named_objective or "hybrid"]
     if options.preset == "paper" and kind is not DTConfig:
         raise Failure("--preset paper is a setting of --objective dt")
-    given = noprop.read_settings(options.config)
+    given = read_settings(options.config)
     dataset = options.dataset or given.get("dataset", "mnist")
     try:
         start, plain = (kind if options.preset == "default" else getattr(kind, options.preset))(), kind()
@@ -110,35 +117,31 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
         raise Failure(f"cannot use these settings: {error}") from error
 
 
-def refuse_contradictions(config, saved, options: LabOptions, content, path: Path, arguments) -> None:
-    """Raise Failure for what a checkpoint has otherwise: a setting, or what chooses or implies some."""
-    kind = options.named_objective or content["objective"]
-    if kind != content["objective"]:
-        raise Failure(
-            f"--objective {kind} contradicts {path}, which has {content['objective']}: leave it out"
-        )
+def over_checkpoint(options: LabOptions, content, path: Path, rest: list[str], arguments: list[str], parse):
+    """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
+    saved, given = content["config"], {x.split("=")[0] for x in arguments}
+    kind = options.named_objective or saved.objective
+    if kind != saved.objective:
+        raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
     free = () if options.predict else ("temperature", "weights") if options.evaluate else ("epochs",)
     chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
     implied = start_of(chosen, own={})  # what a data set brings was free to be another
-    given = {x.split("=")[0] for x in arguments}
     if isinstance(saved, backprop.BackpropConfig):  # whose last bits depend on --threads
         named = options.resume and "--threads" in given
         implied = replace(implied, step_threads=options.threads if named else saved.step_threads)
         if named and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"
             raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
-    noprop.refuse_contradictions(config, saved, implied, free, path)
+    config = noprop.over_checkpoint(content, implied, rest, free, parse)
     if options.resume and saved.dataset == "folder" and not implied.classes and "--classes" not in given:
         there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))
         if there != here:
             raise Failure(f"{path} has the classes {there}, --data-root {here}: add --classes {there}")
     if options.embedding_from:
-        other, own = (
-            embedding_from(options.embedding_from, config),
-            content["model"]["label_embedding.weight"],
-        )
-        if not torch.equal(other, own):
+        other = embedding_from(options.embedding_from, config)
+        if not torch.equal(other, content["model"]["label_embedding.weight"]):
             raise Failure(f"--embedding-from {options.embedding_from} is not the embedding that {path} has")
+    return config
 
 
 # --- Commands ----------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def execute(arguments: list[str]) -> int:
             return train(config, options, content, device)
         if command == "search":
             return search(config, options, device)
-        model = network_of(content, config, checkpoint_of(options), device)
+        model = network_of(content, checkpoint_of(options), device, config)
         return (
             evaluate(model, config, options, device)
             if command == "evaluate"
@@ -256,13 +259,13 @@ def told_once() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code, see noprop_example.guarded()."""
-    return noprop.guarded(execute, sys.argv[1:] if arguments is None else arguments)
+    """The command; returns its exit code, see noprop_example.main()."""
+    return noprop.main(arguments, execute)
 
 
 def console() -> int:
     """main() at a terminal."""
-    code = noprop.console(main)
+    code = main()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # a thread of gloo that still holds a tensor while Python ends would abort it: pytorch/pytorch#179291
         os._exit(code)

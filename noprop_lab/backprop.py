@@ -6,12 +6,13 @@ With --num-blocks 1 it is a plain CNN of one block's size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noprop_example import CPU, State, generator, send
+from noprop_example import CPU, Failure, State, generator, send
 from noprop_lab.dt import seed_dropout
 from noprop_lab.settings import LabConfig
 
@@ -20,25 +21,15 @@ from noprop_lab.settings import LabConfig
 class BackpropConfig(LabConfig):
     """What decides the result; it is saved with the network. For backpropagation through the chain."""
 
+    objective: ClassVar[str] = "backprop"
     step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
 
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.step_threads < 1:
-            raise ValueError(f"step_threads must be at least 1, not {self.step_threads}")
         if self.blocks or self.temperature or self.classify == "z":
-            raise ValueError("backprop trains all blocks as one: leave out blocks, temperature, classify z")
-
-
-class Backprop:
-    """It has no losses of blocks."""
-
-    name = "backprop"
-
-    def __init__(self, config: BackpropConfig):
-        self.config = config
+            raise Failure("backprop trains all blocks as one: leave out blocks, temperature, classify z")
 
 
 def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from noprop_lab.settings import LabConfig
 class DTConfig(LabConfig):
     """What decides the result; it is saved with the network. For NoProp-DT."""
 
+    objective: ClassVar[str] = "dt"
     target: Literal["label", "noise", "classes"] = "classes"  # a block computes û, ε̂, or softmax(f) W
     classify: Literal["u_hat", "z"] = "z"  # what the classifier reads: û_T, or z_T
     eta_loss_weight: float = 0.1  # η
@@ -43,7 +44,7 @@ class DTConfig(LabConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.eta_loss_weight == 0:
-            raise ValueError("the weight of the blocks' loss is 0: they would learn nothing")
+            raise Failure("the weight of the blocks' loss is 0: they would learn nothing")
 
     @classmethod
     def paper(cls, **changes) -> DTConfig:
@@ -75,7 +76,6 @@ class DT:
     """The objective of NoProp-DT. Cross-entropy and KL term enter once a step, in block T's update."""
 
     config: DTConfig
-    name = "dt"
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
         """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t; and û (B, D). Arguments: see Hybrid.block_loss()."""
@@ -148,7 +148,7 @@ class Residual(nn.Sequential):
 class PaperBlock(DenoisingBlockPaper):
     """The paper's own block for MNIST: 2.0 M parameters."""
 
-    def __init__(self, image_shape=(1, 28, 28), embed_dim=20, num_classes=10, target="classes"):
+    def __init__(self, image_shape, embed_dim, num_classes, target="classes"):
         nn.Module.__init__(self)
         self.target, layers, channels = target, [], image_shape[0]
         for width, pool in ((32, True), (64, False), (128, True)):

@@ -9,55 +9,49 @@ import torch
 from torch import Tensor, nn
 
 import noprop_example as noprop
-from noprop_example import BLOCKS, CPU, Data, Failure, NoProp, State
-from noprop_lab.backprop import Backprop, BackpropConfig
+from noprop_example import CPU, Data, Failure, NoProp, State
+from noprop_lab.backprop import BackpropConfig
 from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, prototypes
 from noprop_lab.settings import LabConfig
 
-CONFIGS: dict[str, type[LabConfig]] = {"hybrid": LabConfig, "dt": DTConfig, "backprop": BackpropConfig}
+CONFIGS = {kind.objective: kind for kind in (LabConfig, DTConfig, BackpropConfig)}
 
 
 def objective_of(config: LabConfig):
-    """The objective that a config is for."""
+    """The objective of blocks that are trained with this config; the twin's have none, and ignore it."""
     if isinstance(config, DTConfig):
         return DT(config)
-    if isinstance(config, BackpropConfig):
-        return Backprop(config)
     return LabHybrid(config.eta_loss_weight, config.lambda_global, config)
 
 
-def build(config: LabConfig) -> NoProp:
-    """The untrained network of a config."""
+def build(config: LabConfig, device=CPU, weights: dict[str, Tensor] | None = None) -> NoProp:
+    """The network of a config, on the device: untrained, or with weights (a state dict), for inference."""
     kind = ReadsZ if config.classify == "z" else NoProp
-    return noprop.build(config, BLOCKS | {"paper": PaperBlock}, kind)
+    return noprop.build(config, device, weights, PaperBlock if config.block == "paper" else None, kind)
 
 
-def config_of(content: dict[str, Any], path: str | Path) -> LabConfig:
-    """The config in the contents of a checkpoint; raises Failure, naming the path, where it does not fit."""
-    try:
-        return CONFIGS[content["objective"]](**content["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Failure(f"{path} does not fit this version of the lab: {error}".splitlines()[0]) from error
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Contents of any checkpoint; its "config" becomes a LabConfig. Raises Failure."""
+    return noprop.read_checkpoint(path, tuple(CONFIGS.values()))
 
 
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:
-    """The trained network of any checkpoint, ready for predict(images); its config is an attribute.
+    """The trained network of any checkpoint, ready for predict(images).
 
     Raises Failure for a file that is no checkpoint, is damaged, or holds a part of a network only.
     """
-    config = config_of(content := noprop.read_checkpoint(Path(path)), path)
-    return network_of(content, config, path, torch.device(device))
+    return network_of(read_checkpoint(path), path, torch.device(device))
 
 
-def network_of(content: dict[str, Any], config: LabConfig, path: str | Path, device=CPU) -> NoProp:
-    """The network in the contents of a checkpoint, on the device. Raises Failure."""
+def network_of(
+    content: dict[str, Any], path: str | Path, device=CPU, config: LabConfig | None = None
+) -> NoProp:
+    """The network in a checkpoint, for its config or one that differs in inference. Failure for a part."""
+    config = config or content["config"]
     if config.blocks:
-        raise Failure(
-            f"{path} holds blocks {config.blocks} alone: python -m noprop_lab merge puts parts together"
-        )
-    model = noprop.place(noprop.network_of(content, build(config), path), device)
-    model.config = config
-    return model
+        parts = f"{path} holds blocks {config.blocks} alone"
+        raise Failure(f"{parts}: python -m noprop_lab merge puts parts together")
+    return build(config, device, content["model"])
 
 
 class LabState(State):
@@ -71,7 +65,7 @@ class LabState(State):
     ):
         if config.blocks and (config.learns_embedding or config.select != "last"):
             raise Failure("--blocks takes --embedding fixed (or --embedding-from) and --select last")
-        model = build(config)
+        model = build(config, device)
         with torch.no_grad():
             if config.embedding == "onehot":
                 nn.init.eye_(model.label_embedding.weight)

@@ -7,7 +7,6 @@ process evaluates, draws and writes.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import noprop_example as noprop
-from noprop_example import CHECKPOINT, Data, Failure, Options
+from noprop_example import Data, Failure, Options
 from noprop_lab.networks import LabState
 from noprop_lab.parts import part_names
 
@@ -135,19 +135,15 @@ class SharedState(LabState):
         on_first(super().save, path, data_digest)
 
 
-def train_step(state: SharedState, image: Tensor, label: Tensor, lr: float, parallel: Callable = map) -> dict:
-    """A step of this process's blocks, and, alike in all processes, of the embedding."""
-    results, gradient = noprop.train_blocks(state, image, label, lr, parallel)
-    if gradient is not None:
-        collective(dist.all_reduce, gradient)
-    return results | noprop.train_embedding(state, gradient, lr)
+# A step of this process's blocks, and, alike in all processes, of the embedding.
+train_step = partial(noprop.train_step, share=partial(collective, dist.all_reduce))
 
 
 def agreement(
     state: SharedState, data: Data, options: Options, signalled: Callable[[], int]
 ) -> Callable[[], int]:
     """What all agree on, every CONTROL_STEPS steps: the signal that one of them has got, or to save."""
-    path, digest = options.output_dir / CHECKPOINT.format(state.objective.name), data.digest()
+    path, digest = options.checkpoint(state.config), data.digest()
     steps, due = 0, time.monotonic() + 60 * options.checkpoint_minutes
 
     def agreed() -> int:
@@ -167,7 +163,7 @@ def agreement(
 
 def run(state: SharedState, data: Data, options: Options, content: dict[str, Any] | None, end) -> int:
     """noprop_example.run() in the first process; the others train along, and print nothing."""
-    often = replace(options, checkpoint_minutes=math.inf)  # the processes save when they agree to
+    often = replace(options, checkpoint_minutes=sys.float_info.max)  # the processes save when they agree to
     started = False
 
     def start(signalled: Callable[[], int]) -> Callable[[], int]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import noprop_example as noprop
-from noprop_example import CHECKPOINT, Data, Failure, Options, State, say
-from noprop_lab.networks import LabState, build, config_of
+from noprop_example import Data, Failure, Options, State, say
+from noprop_lab.networks import LabState, read_checkpoint
 from noprop_lab.settings import LabConfig
 
 
@@ -23,7 +23,7 @@ def part_names(blocks: list[int], num_blocks: int) -> list[str]:
 
 def end_of_part(state: State, data: Data, options: Options, started: float) -> int:
     """What stands in the place of finish() where blocks are missing."""
-    path = options.output_dir / CHECKPOINT.format(state.objective.name)
+    path = options.checkpoint(state.config)
     say(f"Blocks {state.config.blocks} are in {path}; python -m noprop_lab merge puts parts together.")
     return 0
 
@@ -35,19 +35,16 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
     """
     if len(paths) < 2:
         raise Failure("merge takes two checkpoints at least")
-    started, contents = time.perf_counter(), [noprop.read_checkpoint(path) for path in paths]
-    configs = [config_of(*pair) for pair in zip(contents, paths, strict=True)]
-    for content, config, path in zip(contents, configs, paths, strict=True):
-        noprop.network_of(content, build(config), path)  # its weights fit
+    started, contents = time.perf_counter(), [read_checkpoint(path) for path in paths]
+    configs = [content["config"] for content in contents]
     check_parts(paths, contents, configs)
     whole, config = contents[0], replace(configs[0], blocks=None)
     for part, other in zip(contents[1:], configs[1:], strict=True):
         put_in(whole, part, part_names(other.own_blocks, other.num_blocks), exchange=not configs[0].blocks)
     data = load_data(config, options.data_root, device)
-    with noprop.output_folder(options.output_dir):
+    with noprop.locked(options.output_dir):
         state = LabState(config, device)
-        path = options.output_dir / CHECKPOINT.format(state.objective.name)
-        noprop.keep_older(path)
+        noprop.keep_older(path := options.checkpoint(config))
         state.load_state_dict(whole["training"], whole["model"])
         state.save(path, data.digest())
         return noprop.finish(state, data, options, started)

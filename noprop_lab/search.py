@@ -7,20 +7,27 @@ which is run again.
 
 from __future__ import annotations
 
+import json
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+import optuna
+from filelock import FileLock, Timeout
+from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
+from sqlalchemy import URL, event, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 import noprop_example as noprop
-from noprop_example import CHECKPOINT, Data, Failure, FolderInUse, Search, say
-from noprop_lab.networks import objective_of
+from noprop_example import Data, Failure, say, standard_error
+from noprop_lab.networks import read_checkpoint
 from noprop_lab.settings import LabConfig, LabOptions
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
@@ -29,9 +36,6 @@ LOCK = ".noprop_hpo.lock"  # among the workers that share an output folder
 
 def url_of(options: LabOptions):
     """The database: SQLite in the output folder, unless one is named. Raises Failure for no URL."""
-    from sqlalchemy import URL, make_url
-    from sqlalchemy.exc import ArgumentError
-
     try:
         if options.hpo_storage:
             return make_url(options.hpo_storage)
@@ -42,19 +46,15 @@ def url_of(options: LabOptions):
 
 def storage_of(options: LabOptions, heartbeat: int, grace: int):
     """Optuna's storage, in which a trial shows every so many seconds that its worker is alive."""
-    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-    from sqlalchemy import event
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
-
     url = url_of(options)
     sqlite = url.get_backend_name() == "sqlite"
     make = partial(
-        RDBStorage,
+        optuna.storages.RDBStorage,
         url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
         engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {},
         heartbeat_interval=heartbeat,
         grace_period=grace,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
+        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
     )
     try:
         storage = make()
@@ -68,6 +68,15 @@ def storage_of(options: LabOptions, heartbeat: int, grace: int):
     return storage
 
 
+@contextmanager
+def database_failures(where: str, code: int) -> Iterator[None]:
+    """Turn what a database or its driver raises into a Failure."""
+    try:
+        yield
+    except (SQLAlchemyError, OptunaError, ImportError) as error:
+        raise Failure(f"{where}: {Failure(error.__cause__ or error)}", code) from error
+
+
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     """The script's search space, without the settings that an objective does not know."""
 
@@ -78,9 +87,8 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     return suggest
 
 
-def draw_search(search: Search, what: str):
+def draw_search(search: Worker, what: str):
     """One of Optuna's pictures: the trials one after another, by each setting, or which setting decides."""
-    import optuna
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
@@ -104,35 +112,75 @@ def draw_search(search: Search, what: str):
     return figure
 
 
-class Worker(Search):
-    """One of several workers of a search."""
+class Worker:
+    """One of several workers of a search, of whose trials none sees a test image.
+
+    new_state(config) makes what a trial trains.
+    """
 
     number = None  # of the trial that it runs
 
-    def run(self) -> None:
-        """Run trials until the study has enough, whoever ran them. Raises KeyboardInterrupt at a signal."""
-        while True:
+    def __init__(self, config, options, data, new_state, storage, step=noprop.train_step):
+        self.config, self.options, self.data = config, options, data._replace(test=None)
+        self.new_state, self.step, self.suggest = new_state, step, space_of(config)
+        warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
+        self.study = noprop.open_study(config, options, storage, self.suggest, options.hpo_objective)
+
+    def trials(self, *states: str) -> list:
+        return noprop.trials_of(self.study, *states)
+
+    def run(self, signalled: Callable[[], int]) -> None:
+        """Run trials until the study has enough, whoever ran them. Raises SystemExit at a signal."""
+        deadline = time.monotonic() + (self.options.hpo_timeout or math.inf)
+        while len(self.trials("COMPLETE", "PRUNED")) < self.options.hpo_trials:
+            if time.monotonic() > deadline:
+                break
             try:
-                return super().run()
+                noprop.next_trial(self.study, self.config.seed, partial(self.trial, signalled=signalled))
+            except Failure:
+                raise
             except (ValueError, UpdateFinishedTrialError):  # Optuna raises either
                 if self.study.trials[self.number].state.name != "FAIL":
                     raise
                 say("A trial of this worker was taken for dead, and is run by another.")
 
-    def trial(self, trial) -> float:
+    def trial(self, trial, signalled: Callable[[], int]) -> float:
+        """The objective: a short training."""
         self.number = trial.number
-        return super().trial(trial)
+        trial.set_user_attr("settings", settings := self.suggest(trial))
+        state = self.new_state(replace(self.config, epochs=self.options.hpo_epochs, **settings))
+        try:
+            return noprop.short_training(
+                trial, state, self.data, self.options, signalled, self.step, self.cost
+            )
+        except SystemExit:
+            self.study.enqueue_trial(trial.params)  # at once, for whoever is there
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            raise
+
+    def cost(self, record: dict[str, Any]) -> float:
+        """What the search makes small, of an epoch's record."""
+        return record["val_loss"] if self.options.hpo_objective == "loss" else 100 - record["val_accuracy"]
 
     def report(self) -> dict[str, Any]:
-        """And draw Optuna's pictures."""
-        folder = self.options.output_dir
+        """Print the five best trials, write hpo_best.json, draw; returns the best settings. Or a Failure."""
+        complete, stopped = self.trials("COMPLETE"), self.trials("PRUNED")
+        if not complete:
+            raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
+        best, folder = sorted(complete, key=lambda trial: trial.value)[:5], self.options.output_dir
+        error = standard_error(best[0].user_attrs["record"]["val_accuracy"], len(self.data.val.labels))
+        say(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
+        say(*map(noprop.trial_line, best), sep="\n")
+        say(f"The standard error of an accuracy is {error:.2f} %: smaller differences are noise.")
+        settings = best[0].user_attrs["settings"]
         with FileLock(folder / LOCK):  # others write the same files
-            best = super().report()
-            enough = len(self.trials("COMPLETE")) >= 8  # to tell which setting decides
+            content = json.dumps(self.config.saved() | settings, indent=1)
+            noprop.write_file(folder / "hpo_best.json", content.encode())
+            enough = len(complete) >= 8  # to tell which setting decides
             for what in ("history", "slices", "importance")[: 3 if enough else 2]:
                 noprop.picture(draw_search, folder / f"hpo_{what}.png", self, what)
         say("Files    hpo_best.json (for --config), hpo_*.png")
-        return best
+        return settings
 
 
 def search(
@@ -142,7 +190,6 @@ def search(
     new_state: Callable,
     run: Callable[[LabConfig, dict[str, Any] | None], int],
     step: Callable = noprop.train_step,
-    suggest: Callable | None = None,
     heartbeat: tuple[int, int] = (HEARTBEAT_SECONDS, GRACE_SECONDS),
 ) -> int:
     """One worker's search; one of the workers then trains, by run(config, contents of a checkpoint or None).
@@ -156,18 +203,36 @@ def search(
     where = url_of(options).render_as_string()  # without a password
     warnings.simplefilter("ignore", ExperimentalWarning)  # so Optuna calls its heartbeats
     with noprop.caught_signals() as signalled:
-        with noprop.database_failures(where, 2), FileLock(options.output_dir / LOCK):
+        with database_failures(where, 2), FileLock(options.output_dir / LOCK):
             storage = storage_of(options, *heartbeat)  # the lock: two at once would make the tables twice
-            worker = Worker(config, options, data, new_state, step, suggest or space_of(config), storage)
-        with noprop.database_failures(where, 1):
-            best, code = noprop.search(worker, signalled)
-    if code or not options.hpo_final_run:
-        return code
+            worker = Worker(config, options, data, new_state, storage, step)
+        with database_failures(where, 1):
+            done, epochs = len(worker.trials("COMPLETE", "PRUNED")), options.hpo_epochs
+            say(f"Search: {options.hpo_trials} trials of {epochs} epochs, as given first; {done} are done.")
+            try:
+                worker.run(signalled)
+            except SystemExit as stop:
+                if worker.trials("COMPLETE"):
+                    worker.report()
+                return stop.code
+            best = worker.report()
+    if not options.hpo_final_run:
+        return 0
     say("\nTraining with the best settings.")
     final = replace(config, **best)
-    name = CHECKPOINT.format(objective_of(final).name)
     try:
-        return run(final, noprop.begun(options.output_dir / name, final))
-    except FolderInUse:
+        return run(final, begun(options.checkpoint(final), final))
+    except Failure as failure:
+        if not isinstance(failure.__cause__, Timeout):
+            raise
         say("Another process trains in this folder already, so this one is done.")
         return 0
+
+
+def begun(path: Path, config: LabConfig) -> dict[str, Any] | None:
+    """The contents of a checkpoint of just this config, to go on from; None if there is none."""
+    try:
+        content = read_checkpoint(path)
+    except Failure:
+        return None
+    return content if content["config"].saved() == config.saved() else None

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from noprop_example import Config, Options
+from noprop_example import Config, Failure, Options
 
 
 class Source(NamedTuple):
@@ -49,22 +49,22 @@ class LabConfig(Config):
     WITHOUT_EFFECT = ()  # settings that the objective does not know
 
     def __post_init__(self):
-        """Raises ValueError for what does not go together."""
+        """Raises Failure for what does not go together."""
         object.__setattr__(self, "classes", tuple(self.classes))  # a list where it comes from a file
         super().__post_init__()
         if self.embed_dim not in (None, self.dim):
-            raise ValueError(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
+            raise Failure(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
         if self.image_size < 28:
-            raise ValueError(f"image_size must be at least 28, not {self.image_size}")
+            raise Failure(f"image_size must be at least 28, not {self.image_size}")
         if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes are those of dataset folder, each of them once")
+            raise Failure("classes are those of dataset folder, each of them once")
         for field in fields(self):
             if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name} has no effect on this objective: leave it out")
+                raise Failure(f"{field.name} has no effect on this objective: leave it out")
         if not all(1 <= t <= self.num_blocks for t in self.own_blocks):
-            raise ValueError(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
+            raise Failure(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
         if len(set(self.own_blocks)) < max(1, len(self.own_blocks)):
-            raise ValueError(f"blocks must name blocks, each of them once, not {self.blocks}")
+            raise Failure(f"blocks must name blocks, each of them once, not {self.blocks}")
 
     @property
     def dim(self) -> int:
@@ -92,10 +92,10 @@ class LabConfig(Config):
 
     @property
     def own_blocks(self) -> list[int]:
-        """The blocks that this run trains, 1 ... T; raises ValueError where blocks can't be read."""
+        """The blocks that this run trains, 1 ... T; raises Failure where blocks can't be read."""
         spans = [x.split("-") for x in (self.blocks or f"1-{self.num_blocks}").split(",")]
         if not all(x.isdecimal() for span in spans for x in span) or any(len(span) > 2 for span in spans):
-            raise ValueError(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
+            raise Failure(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
         last = self.num_blocks + 1  # is out of range, and enough of it
         return [t for span in spans for t in range(int(span[0]), min(int(span[-1]), last) + 1)]
 
@@ -118,6 +118,9 @@ class LabOptions(Options):
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
     early_exit: float = 1.0  # evaluate, predict: an image leaves the chain once a class is more probable
     hpo_storage: str | None = None  # search: a database URL for several machines; None: noprop_hpo.db
+    hpo_timeout: float | None = None  # search: seconds after which no new trial starts
+    hpo_objective: Literal["loss", "error"] = "loss"  # of validation images: the cross-entropy ranks better
+    hpo_final_run: bool = True  # search: train with the best trial's settings afterwards
 
     @property
     def named_objective(self) -> str | None:
@@ -127,8 +130,8 @@ class LabOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.early_exit <= 1:
-            raise ValueError(f"early_exit must be above 0, at most 1, not {self.early_exit}")
+            raise Failure(f"early_exit must be above 0, at most 1, not {self.early_exit}")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
-            raise ValueError("early_exit goes with evaluate or predict")
+            raise Failure("early_exit goes with evaluate or predict")
         if self.blocks and (self.run_hpo or self.evaluate or self.predict):
-            raise ValueError(f"search, evaluate and predict take all blocks, not {self.blocks} alone")
+            raise Failure(f"search, evaluate and predict take all blocks, not {self.blocks} alone")

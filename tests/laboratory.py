@@ -44,11 +44,16 @@ def refused(capsys, code: int, arguments: list[str], *words: str, main=lab.main)
     fails(capsys, code, arguments, *words, main=main)
 
 
+def contents(path: Path) -> dict:
+    """What a checkpoint holds, as it is in the file."""
+    return torch.load(path, weights_only=True)
+
+
 def untrained(folder: Path, config: LabConfig | None = None) -> Path:
     """A checkpoint of a network that was not trained."""
     state = LabState(config or LabConfig(num_blocks=3))
     folder.mkdir(parents=True, exist_ok=True)
-    state.save(path := folder / noprop.CHECKPOINT.format(state.objective.name), "of no images")
+    state.save(path := folder / noprop.OUTPUTS[0].format(state.config.objective), "of no images")
     return path
 
 

@@ -25,8 +25,7 @@ def test_files_of_a_run(trained, capsys):
     assert summary["epochs"] == len(summary["history"]) == 1 and summary["finished"]
     assert summary["config"]["seed"] == 0
     by_blocks = summary["test_accuracy_by_blocks"]
-    assert len(by_blocks) == 10 and by_blocks[-1] == summary["test_accuracy"] == summary["best_test_accuracy"]
-    assert summary["embedding_norm_start"] == pytest.approx(1) != summary["embedding_norm_end"]
+    assert len(by_blocks) == 10 and by_blocks[-1] == summary["test_accuracy"]
     assert 0 < summary["seconds"] < summary["seconds_total"]
     checkpoint = torch.load(trained / "noprop_hybrid.pt", weights_only=True)
     assert checkpoint["config"] == summary["config"] and "output_dir" not in checkpoint["config"]
@@ -72,18 +71,18 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch-size", "1"], "batch_size must be at least 2"),
         (["--batch-size", "60000"], "--batch-size 60000 is more than the 55000 training images"),
-        (["--lr", "-0.1"], "lr must be positive"),
-        (["--lr", "nan"], "lr must be positive"),
-        (["--eta-min", "1"], "eta_min must be between"),
+        (["--lr", "-0.1"], "lr must be at least 0"),
+        (["--lr", "nan"], "lr must be at least 0, and finite"),
+        (["--eta-min", "1"], "eta_min must be lr (0.014) at most"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
         (["--embed-dim", "9"], "embed_dim must be at least 10"),
         (["--ema-decay", "1"], "ema_decay must be"),
-        (["--train-images", "100"], "train_images must be"),
-        (["--eta-loss-weight", "0", "--lambda-global", "0"], "learn nothing"),
-        (["--temperature", "1"], "takes --weights ddpm"),
+        (["--train-images", "100"], "--batch-size 512 is more than the 100 training images"),
+        (["--eta-loss-weight", "0", "--lambda-global", "0"], "both weights"),
+        (["--temperature", "1"], "takes weights ddpm"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--run-hpo", "--resume"], "choose one of"),
-        (["--data-root", "/nowhere"], "train-images-idx3-ubyte.gz is missing"),
+        (["--data-root", "/nowhere"], "No such file"),
         (["--output-dir", "/proc/nowhere"], "cannot write into --output-dir"),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
         (["--predict", "nothing.pt", "a.png"], "cannot read nothing.pt"),
@@ -122,20 +121,23 @@ def test_a_config_of_the_wrong_type_is_refused():
 
 MOVED = {
     "--objective dt": "train --objective dt",
-    "--dataset=fashion_mnist": "train --dataset=fashion_mnist",
+    "--dataset=fashion_mnist": "train --dataset fashion_mnist",
     "--image-size 32": "train --image-size 32",
     "--classes a b": "train --classes a b",
     "--classify z": "train --classify z",
     "--embedding fixed --blocks 1-2": "train --embedding fixed --blocks 1-2",
     "--embedding-from a.pt": "train --embedding-from a.pt",
     "--preset paper": "train --preset paper",
-    "--block=paper": "train --block=paper",
+    "--block=paper": "train --block paper",
     "--embedding onehot": "train --embedding onehot",
     "--embedding prototype": "train --embedding prototype",
     "--merge a.pt b.pt": "merge a.pt b.pt",
     "--run-hpo --hpo-storage x": "search --hpo-storage x",
+    "--run-hpo --hpo-timeout=60": "search --hpo-timeout 60",
+    "--hpo_objective error": "search --hpo_objective error",
+    "--no-hpo-final-run": "search --no-hpo-final-run",
     "--evaluate a.pt --early-exit 0.9": "evaluate a.pt --early-exit 0.9",
-    "--evaluate=a.pt --early-exit=0.9": "evaluate a.pt --early-exit=0.9",
+    "--evaluate=a.pt --early-exit=0.9": "evaluate a.pt --early-exit 0.9",
     "--predict a.pt b.png --early-exit 0.9": "predict a.pt b.png --early-exit 0.9",
     "--run-hpo --dataset kmnist": "search --dataset kmnist",
 }
@@ -168,14 +170,15 @@ def test_damaged_data(capsys, tmp_path, damage):
     content = victim.read_bytes()
     if damage == "unpacked":  # sufficient alone, and checked
         name = "t10k-images-idx3-ubyte"
-        md5 = noprop.MD5[name]
-        unpacked = noprop.read_idx(folder, name, md5)
+        unpacked = gzip.decompress(content)
+        assert hashlib.md5(unpacked).hexdigest() == noprop.MD5[name]
+        good = noprop.read_mnist(folder)
         victim.write_bytes(gzip.compress(unpacked, 1))  # packed anew
-        assert noprop.read_idx(folder, name, md5) == unpacked
+        assert torch.equal(noprop.read_mnist(folder)[1].images, good[1].images)
         victim.unlink()
         victim = folder / "t10k-images-idx3-ubyte"
         victim.write_bytes(unpacked)
-        assert noprop.read_idx(folder, name, md5) == unpacked
+        assert torch.equal(noprop.read_mnist(folder)[1].images, good[1].images)
         content = unpacked
     if damage in ("missing", "a folder"):
         victim.unlink()
@@ -185,7 +188,7 @@ def test_damaged_data(capsys, tmp_path, damage):
         cut = len(content) - 1000 if damage == "truncated" else len(content)
         victim.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:cut])
     arguments = ["--data-root", str(tmp_path), "--output-dir", str(tmp_path / "out")]
-    words = {"missing": "missing", "a folder": "Is a directory"}
+    words = {"missing": "No such file", "a folder": "Is a directory"}
     fails(capsys, 2, arguments, victim.name, words.get(damage, "damaged"))
     assert not (tmp_path / "out").exists()
 
@@ -206,7 +209,7 @@ def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained)
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     for name in ("other", "hostile", "hostile-zip", "text", "empty", "cut"):
-        fails(capsys, 2, ["--evaluate", f"{name}.pt"], f"{name}.pt", "not a checkpoint of this script")
+        fails(capsys, 2, ["--evaluate", f"{name}.pt"], f"{name}.pt", "no checkpoint of this script")
     assert not (tmp_path / "pwned").exists()
     refused = 0
     for i in range(25):  # a flipped bit is refused, or changes nothing
@@ -221,11 +224,10 @@ def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained)
     assert refused >= 20
     payload = torch.load(trained / "noprop_hybrid.pt", weights_only=True)
     for change, word in (
-        ({"config": payload["config"] | {"embed_dim": 30}}, "does not fit its own config"),
         ({"config": payload["config"] | {"embed_dim": "a"}}, "embed_dim"),
         ({"config": payload["config"] | {"dataset": "cifar10"}}, "noprop_lab"),
         ({"objective": "dt"}, "noprop_lab"),
-        ({"format": "noprop-example-1"}, "version 1"),
+        ({"format": "noprop-example-1"}, "another version"),
         ({"format": "noprop-example-9"}, "another version"),
     ):
         torch.save(payload | change, "unfit.pt")
@@ -260,9 +262,9 @@ def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path):
         return noprop.train_step(state, image * (float("nan") if state.step == 6 else 1), *rest)
 
     config, options = noprop.Config(**TINY | {"epochs": 3}), noprop.Options(output_dir=tmp_path)
-    run = noprop.run, noprop.State(config), noprop.load_data(config), options, None, poisoned
-    assert noprop.guarded(*run) == 3
-    assert capsys.readouterr().err.startswith("error: loss of block 1 is nan in step 7")
+    run = noprop.State(config), noprop.load_data(config), options, None, poisoned
+    assert noprop.main([], lambda _: noprop.run(*run)) == 3
+    assert capsys.readouterr().err.startswith("error: loss of block 1 is nan by step 7")
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     assert checkpoint["training"]["step"] == 4
     assert all(x.isfinite().all() for x in checkpoint["model"].values())

@@ -98,7 +98,7 @@ def test_a_run_on_fashion_mnist(tmp_path, fashion, capsys):
     assert f"Test accuracy {accuracy} ±" in capsys.readouterr().out
     assert lab.main(["train", "--resume", f"--output-dir={out}", "--epochs=2", root]) == 0
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
-    refused(capsys, 2, ["train", *flags], "train-labels-idx1-ubyte.gz is damaged")
+    refused(capsys, 2, ["train", *flags], "train-labels-idx1-ubyte.gz", "Not a gzipped file")
 
 
 def test_kmnist_is_checked_by_its_packed_files(tmp_path, data, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import optuna
 import pytest
 import torch
 from conftest import noprop
-from laboratory import flags_of, lab, quick_lab, refused, untrained
+from laboratory import contents, flags_of, lab, quick_lab, refused, untrained
 
 from noprop_lab import parts, search
 from noprop_lab.backprop import BackpropConfig
@@ -151,7 +151,7 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("train --dataset cifar100 --embed-dim 50", "dim must be at least 100"),
         ("train --dataset cifar10 --classes a b", "classes are those of dataset folder"),
         ("train --dataset svhn", "--dataset"),
-        ("train --config svhn.json", "cannot use these settings: dataset must be one of"),
+        ("train --config svhn.json", "cannot use these settings: dataset can't be"),
         ("train --image-size 20", "image_size must be at least 28"),
         ("train --early-exit 0.5", "early_exit goes with evaluate or predict"),
         ("train --speed 1", "--speed"),
@@ -188,9 +188,8 @@ def test_help_and_usage(capsys):
     assert lab.main([]) == lab.main(["--help"]) == 0
     assert "merge CHECKPOINTS" in capsys.readouterr().out
     assert lab.main(["fly"]) == 2 and "merge CHECKPOINTS" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as end:
-        lab.main(["train", "--objective", "dt", "--help"])
-    assert end.value.code in (0, None) and "--early-exit" in capsys.readouterr().out
+    assert lab.main(["train", "--objective", "dt", "--help"]) == 0
+    assert "--early-exit" in capsys.readouterr().out
 
 
 # --- Going on ----------------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def test_a_bare_resume_goes_on_with_the_objective_that_is_there(tmp_path, capsys
     assert lab.main(["train", *flags_of(tmp_path, "--objective=dt", num_blocks=2)]) == 0
     assert lab.main(["train", "--resume", "--epochs=2", folder]) == 0
     assert f"Resuming {tmp_path / 'noprop_dt.pt'}: 1 epochs and 4 steps are done" in capsys.readouterr().out
-    content = noprop.read_checkpoint(tmp_path / "noprop_dt.pt")
+    content = contents(tmp_path / "noprop_dt.pt")
     assert content["training"]["step"] == 8 and content["config"]["epochs"] == 2
     refused(capsys, 2, ["--resume", folder], "python -m noprop_lab train --resume", main=noprop.main)
     refused(capsys, 2, ["train", "--resume", "--objective=dt", "--lr=1", folder], "--lr 1.0 contradicts")
@@ -237,7 +236,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
     assert lab.main(["train", *flags_of(tmp_path / "lab")]) == 0
     assert noprop.main(flags_of(tmp_path / "script")) == 0
     mine, yours = (tmp_path / name / "noprop_hybrid.pt" for name in ("lab", "script"))
-    a, b = (noprop.read_checkpoint(x) for x in (mine, yours))
+    a, b = (contents(x) for x in (mine, yours))
     assert a["config"] == b["config"]
     assert all(torch.equal(x, b["model"][name]) for name, x in a["model"].items())
     capsys.readouterr()
@@ -264,7 +263,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
 def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):
     path = untrained(tmp_path, config)
     for arguments in (["--evaluate", str(path)], ["--predict", str(path), "a.png"]):
-        refused(capsys, 2, arguments, f"{path} is not this script's", "noprop_lab", main=noprop.main)
+        refused(capsys, 2, arguments, f"{path} is the lab's", "noprop_lab", main=noprop.main)
     with pytest.raises(noprop.Failure, match="python -m noprop_lab"):
         noprop.load(path)
     found = load(path).config

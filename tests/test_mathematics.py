@@ -6,6 +6,10 @@ from conftest import noprop
 from torch import nn
 
 
+def network(num_blocks: int) -> noprop.NoProp:
+    return noprop.build(noprop.Config(num_blocks=num_blocks))
+
+
 @pytest.mark.parametrize("num_blocks", [1, 2, 10, 100])
 def test_schedule_and_coefficients(num_blocks):
     alpha_bar = noprop.cosine_schedule(num_blocks)
@@ -13,10 +17,11 @@ def test_schedule_and_coefficients(num_blocks):
     assert (alpha_bar[0].item(), alpha_bar[-1].item()) == (1e-3, 0.999)
     rises = alpha_bar.diff()
     assert (rises >= 0).all() and (num_blocks > 50 or (rises > 0).all())
-    a, b, c = noprop.reverse_coefficients(alpha_bar)
+    before, a, b, c = torch.tensor(noprop.reverse_steps(alpha_bar), dtype=torch.float64).T
+    assert torch.equal(before, alpha_bar[:-1])
     for coefficient in (a, b, c):
         assert coefficient.isfinite().all() and (coefficient >= 0).all()
-    before, after = alpha_bar[:-1], alpha_bar[1:]
+    after = alpha_bar[1:]
     torch.testing.assert_close(a + b * before.sqrt(), after.sqrt())
     torch.testing.assert_close(b**2 * (1 - before) + c, 1 - after)
 
@@ -25,7 +30,7 @@ def test_schedule_and_coefficients(num_blocks):
 def test_z_is_a_running_mean_of_the_estimates(equal_weights):
     """z_t/√ᾱ_t = Σ w_s û_s: equal weights, or the increments of SNR = ᾱ/(1-ᾱ), whose first share is z_0's."""
     alpha_bar, estimates = noprop.cosine_schedule(10), torch.randn(10, 20, dtype=torch.float64)
-    a, b, _ = noprop.reverse_coefficients(alpha_bar, equal_weights)
+    _, a, b, _ = zip(*noprop.reverse_steps(alpha_bar, equal_weights), strict=True)
     z = torch.zeros(20, dtype=torch.float64)
     for t in range(10):
         z = a[t] * estimates[t] + b[t] * z
@@ -42,7 +47,7 @@ def test_schedule_values():
 def test_ddpm_form_equals_u_hat_form():
     """a û + b z is DDPM's (z_{t-1} - (1-α)/√(1-ᾱ_{t-1}) ε̂) / √α with its time reversed, α = ᾱ_{t-1}/ᾱ_t."""
     alpha_bar = noprop.cosine_schedule(10)
-    a, b, _ = noprop.reverse_coefficients(alpha_bar)
+    _, a, b, _ = zip(*noprop.reverse_steps(alpha_bar), strict=True)
     z, eps_hat = torch.randn(2, 10, 20, dtype=torch.float64)
     for t in range(1, 11):
         level = alpha_bar[t - 1].item()
@@ -55,7 +60,10 @@ def test_ddpm_form_equals_u_hat_form():
 @pytest.mark.parametrize("target", ["label", "noise", "classes"])
 def test_hybrid_loss_is_a_constant_times_the_noise_error(target):
     """(η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε), of z = √ᾱ u + √(1-ᾱ) ε, at the level ᾱ_{t-1}; and û is z without the ε̂."""
-    block, W = noprop.DenoisingBlockPaper(target=target).double(), torch.randn(10, 20).double()
+    block, W = (
+        noprop.DenoisingBlockPaper((1, 28, 28), 20, 10, target=target).double(),
+        torch.randn(10, 20).double(),
+    )
     image, noise = torch.rand(8, 1, 28, 28).double(), torch.randn(8, 20).double()
     label, alpha_bar = torch.arange(8), noprop.cosine_schedule(10)
     for t in (1, 6, 10):
@@ -81,9 +89,9 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
     label = torch.arange(10).repeat(20_000)
     u, noise = embedding[label].double(), torch.Generator().manual_seed(0)
     z = torch.randn(u.shape, generator=noise, dtype=torch.float64)
-    alpha_bar = noprop.cosine_schedule(10)
-    for level, step in zip(alpha_bar[1:].tolist(), noprop.reverse_steps(alpha_bar), strict=True):
-        u_hat, z = noprop.reverse_step(Oracle(), step, u, z, None, 1.0, noise)
+    model = noprop.build(noprop.Config(weights="ddpm"), block=lambda *_, target: Oracle())
+    for t, level in enumerate(model.alpha_bar[1:].tolist(), start=1):
+        u_hat, z = model.step(t, u, z, 1.0, noise)
         residual = (z - level**0.5 * u) / (1 - level) ** 0.5  # N(0, I) if z is from q(z_t | y)
         assert abs(residual.mean().item()) < 3e-3
         assert abs(residual.var().item() - 1) < 3e-3
@@ -92,13 +100,14 @@ def test_oracle_reaches_the_marginal_of_the_label_and_classifies_everything():
 
 
 def test_blocks_have_the_stated_sizes():
-    sizes = {name: sum(p.numel() for p in block().parameters()) for name, block in noprop.BLOCKS.items()}
+    blocks = {x: noprop.build(noprop.Config(block=x, num_blocks=1)).blocks for x in noprop.SIZES}
+    sizes = {name: sum(p.numel() for p in block.parameters()) for name, block in blocks.items()}
     assert sizes == pytest.approx({"small": 51_000, "deep": 129_000, "reference": 628_000}, rel=0.01)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 60])
 def test_any_number_of_blocks(num_blocks, data):
-    model = noprop.NoProp(num_blocks).eval()
+    model = network(num_blocks).eval()
     probabilities = model.probabilities(data.test.images[:5])
     assert probabilities.shape == (5, num_blocks, 10) and probabilities.isfinite().all()
     assert torch.equal(model.predict(data.test.images[:5]), probabilities[:, -1].argmax(-1))
@@ -106,7 +115,7 @@ def test_any_number_of_blocks(num_blocks, data):
 
 def test_without_temperature_nothing_is_drawn():
     """Neither from the caller's generator nor from torch's own."""
-    model, noise, image = noprop.NoProp(2).eval(), torch.Generator().manual_seed(1), torch.rand(3, 1, 28, 28)
+    model, noise, image = network(2).eval(), torch.Generator().manual_seed(1), torch.rand(3, 1, 28, 28)
     before = noise.get_state(), torch.get_rng_state()
     with torch.inference_mode():
         cold, again = model(image, 0.0, noise), model(image)
@@ -116,7 +125,7 @@ def test_without_temperature_nothing_is_drawn():
 
 
 def test_z_0_has_the_temperature_as_its_deviation():
-    model, image = noprop.NoProp(1), torch.zeros(20_000, 1, 1, 1)
+    model, image = network(1), torch.zeros(20_000, 1, 1, 1)
     for temperature in (0.0, 0.5, 1.0):
         z = model.start(image, temperature, torch.Generator().manual_seed(0))
         assert z.shape == (20_000, 20) and abs(z.std().item() - temperature) < 0.01
@@ -135,7 +144,7 @@ def test_z_0_has_the_temperature_as_its_deviation():
     ids=["narrow", "colour", "to 255", "negative", "nan", "int64"],
 )
 def test_images_that_are_none_are_refused(images):
-    model = noprop.NoProp(1)
+    model = network(1)
     for ask in (model.predict, model.probabilities):
         with pytest.raises(ValueError, match="images"):
             ask(images)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CPU, TINY, noprop, same
-from laboratory import equal, flags_of, lab, quick_lab, refused, tiny
+from laboratory import contents, equal, flags_of, lab, quick_lab, refused, tiny
 from torch import nn
 
 from noprop_lab import backprop, dt
@@ -44,7 +44,7 @@ class Recorder:
 
 
 def test_loss_and_kl_are_those_of_the_paper():
-    block = noprop.DenoisingBlockPaper(target="classes").double()
+    block = noprop.DenoisingBlockPaper((1, 28, 28), 20, 10, target="classes").double()
     image, W, label = torch.rand(8, 1, 28, 28).double(), torch.rand(10, 20).double(), torch.arange(8)
     alpha_bar, u = noprop.cosine_schedule(10), W[label]
     snr, weights = alpha_bar / (1 - alpha_bar), []
@@ -68,7 +68,7 @@ def test_loss_and_kl_are_those_of_the_paper():
 
 @pytest.mark.parametrize("kind", [noprop.DenoisingBlockPaper, dt.PaperBlock])
 def test_the_estimate_is_a_mean_of_the_embeddings(kind):
-    block = kind(target="classes").double().eval()
+    block = kind((1, 28, 28), 20, 10, target="classes").double().eval()
     image, z, w = torch.rand(4, 1, 28, 28).double(), torch.randn(4, 20).double(), torch.randn(10, 20).double()
     for level in (0.001, 0.5, 0.97):
         u_hat = noprop.clean_label(z, block(image, z, level, w), level)
@@ -78,7 +78,9 @@ def test_the_estimate_is_a_mean_of_the_embeddings(kind):
 
 
 def test_the_papers_block_has_its_size():
-    assert sum(x.numel() for x in dt.PaperBlock().parameters()) == pytest.approx(2.0e6, rel=0.02)
+    assert sum(x.numel() for x in dt.PaperBlock((1, 28, 28), 20, 10).parameters()) == pytest.approx(
+        2.0e6, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("t", [1, 3])
@@ -102,7 +104,7 @@ def test_the_embedding_gets_the_gradient_of_all_losses(batch):
     """What the blocks hand over adds up to the gradient of the sum of all losses, nothing detached."""
     (image, label), config = batch, DTConfig(**TINY, grad_clip=1e9)
     state = LabState(config)
-    state.optimizers = {name: Recorder() for name in state.parts}
+    state.holders = {name: (*x[:2], Recorder()) for name, x in state.holders.items()}
     noprop.train_step(state, image, label, 1e-3)
     found = state.parts["label_embedding"].grad.view(10, 20)
     model, total = LabState(config).model, 0
@@ -213,12 +215,12 @@ def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):
     flags = flags_of(tmp_path, "--objective=backprop", num_blocks=1)
     assert lab.main(["train", *flags, "--threads=2"]) == 0
     path, resume = tmp_path / "noprop_backprop.pt", ["train", "--resume", f"--output-dir={tmp_path}"]
-    assert noprop.read_checkpoint(path)["config"]["step_threads"] == 2
+    assert contents(path)["config"]["step_threads"] == 2
     refused(capsys, 2, [*resume, "--threads=1"], "--threads 1 contradicts", "trained with 2")
     refused(capsys, 2, [*resume, "--step-threads=1"], "--step-threads 1 contradicts")
     assert lab.main([*resume, "--epochs=2", "--threads=2"]) == 0
     assert lab.main([*resume, "--epochs=3"]) == 0  # on any machine
-    content = noprop.read_checkpoint(path)
+    content = contents(path)
     assert (content["config"]["step_threads"], content["training"]["step"]) == (2, 12)
     assert lab.main(["evaluate", str(path), "--threads=1"]) == 0
 
@@ -245,7 +247,7 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
     names = {name.format(objective) for name in noprop.OUTPUTS}
     assert {path.name for path in tmp_path.glob("[!.]*")} == names
     checkpoint = tmp_path / f"noprop_{objective}.pt"
-    before = noprop.read_checkpoint(checkpoint)
+    before = contents(checkpoint)
     evaluate = ["evaluate", str(checkpoint), "--temperature=0"]  # dt samples where no flag says otherwise
     capsys.readouterr()
     assert lab.main([*evaluate, "--early-exit=0.999999999"]) == lab.main(evaluate) == 0
@@ -255,7 +257,7 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
         refused(capsys, 2, [*evaluate[:2], "--early-exit=0.9"], "--early-exit does not sample")
     assert lab.main([*flags, "--resume"]) == 0
     assert "2 epochs and 8 steps are done" in capsys.readouterr().out
-    assert equal(noprop.read_checkpoint(checkpoint), before)
+    assert equal(contents(checkpoint), before)
 
 
 # --- Early exit --------------------------------------------------------------------------------------------

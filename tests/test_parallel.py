@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, noprop
-from laboratory import equal, flags_of, lab, refused
+from laboratory import contents, equal, flags_of, lab, refused
 
 from noprop_lab import parallel
 
@@ -43,7 +43,7 @@ def finished(processes: int, flags: list[str]) -> str:
 
 
 def checkpoint(folder: Path) -> dict:
-    return noprop.read_checkpoint(folder / "noprop_hybrid.pt")
+    return contents(folder / "noprop_hybrid.pt")
 
 
 def wait_for(path: Path, run: subprocess.Popen) -> None:

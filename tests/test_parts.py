@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noprop, same
-from laboratory import equal, flags_of, lab, quick_lab, refused
+from laboratory import contents, equal, flags_of, lab, quick_lab, refused
 
 FIXED = "--embedding=fixed"
 
@@ -17,7 +17,7 @@ def quick(monkeypatch):
 
 
 def checkpoint(folder: Path) -> dict:
-    return noprop.read_checkpoint(folder / "noprop_hybrid.pt")
+    return contents(folder / "noprop_hybrid.pt")
 
 
 @pytest.fixture(scope="module")

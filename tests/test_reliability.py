@@ -63,7 +63,7 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert (tmp_path / "denoising_hybrid.png").exists() and fingerprint(tmp_path) == before
     assert noprop.main(["--resume", "--epochs=2", f"--output-dir={tmp_path}"]) == 0
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
-    assert content["config"]["epochs"] == 2 and content["training"]["step"] == 8
+    assert content["config"].epochs == 2 and content["training"]["step"] == 8
     arguments = ["--resume", f"--output-dir={tmp_path}"]
     fails(capsys, 2, [*arguments, "--lr=0.5"], "--lr 0.5 contradicts", "which has 0.014")
     fails(capsys, 2, [*arguments, "--epochs=1"], "--epochs 1 contradicts")
@@ -102,7 +102,7 @@ def test_kill_9_loses_nothing(undisturbed, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
-    with noprop.output_folder(tmp_path):
+    with noprop.locked(tmp_path):
         fails(capsys, 2, tiny_flags(tmp_path), "another run writes into")
     assert noprop.main(tiny_flags(tmp_path)) == 0
 
@@ -145,7 +145,7 @@ def test_a_run_on_other_images_is_not_resumed(tmp_path, capsys):
         noprop.run(state, other, options, content)
 
 
-@pytest.mark.parametrize("place", ["evaluate", "summarize"])  # of the last epoch, of the results
+@pytest.mark.parametrize("place", ["evaluate", "write_file"])  # of the last epoch, of the results
 def test_a_signal_after_the_last_step_does_not_stop_a_finished_run(tmp_path, monkeypatch, capsys, place):
     function, calls = getattr(noprop, place), []
 
@@ -200,7 +200,7 @@ def test_another_users_lock_and_a_file_system_without_locks_are_one_line(tmp_pat
 
         monkeypatch.setattr(noprop.FileLock, "acquire", acquire)
         expected = pytest.raises(noprop.Failure, match="Permission denied|no locks here")
-        with expected as failure, noprop.output_folder(tmp_path):
+        with expected as failure, noprop.locked(tmp_path):
             pass
         assert failure.value.code == 2
 

@@ -13,7 +13,7 @@ import optuna
 import pytest
 from conftest import CPU, ROOT, noprop
 from filelock import FileLock, Timeout
-from laboratory import few_images, flags_of, lab, quick_lab, refused
+from laboratory import contents, few_images, flags_of, lab, quick_lab, refused
 
 from noprop_lab import search as hpo
 from noprop_lab.networks import LabState
@@ -41,7 +41,7 @@ def quick_search(arguments: list[str]) -> int:
 
         return hpo.search(config, options, data, new_state, run, lab.step_of(config), heartbeat=(1, 3))
 
-    return noprop.guarded(execute)
+    return noprop.main([], lambda _: execute())
 
 
 def flags(folder: Path, *more: str, **changes) -> list[str]:
@@ -66,7 +66,8 @@ def worker(arguments: list[str]) -> subprocess.Popen:
 def trials(folder: Path, url: str | None = None) -> list:
     """All trials in the order of their numbers."""
     url = url or f"sqlite:///{folder / 'noprop_hpo.db'}"
-    return optuna.load_study(study_name="noprop", storage=url).trials
+    [name] = optuna.get_all_study_names(url)
+    return optuna.load_study(study_name=name, storage=url).trials
 
 
 def done(found: list) -> list:
@@ -99,16 +100,62 @@ def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     weights = (tmp_path / f"noprop_{objective}.pt").read_bytes()
     assert lab.main(command) == 0
     assert "Resuming" in capsys.readouterr().out
-    assert noprop.read_checkpoint(tmp_path / f"noprop_{objective}.pt")["training"]["step"] == 4
+    assert contents(tmp_path / f"noprop_{objective}.pt")["training"]["step"] == 4
     assert (tmp_path / f"noprop_{objective}.pt").read_bytes() == weights
     given = lab.read_command_line(
         "train", [f"--config={tmp_path / 'hpo_best.json'}", f"--objective={objective}"]
     )
-    content = noprop.read_checkpoint(tmp_path / f"noprop_{objective}.pt")
+    content = contents(tmp_path / f"noprop_{objective}.pt")
     assert given[0].saved() == content["config"]
-    if objective == "dt":
-        other = flags(tmp_path, num_blocks=2)
-        refused(capsys, 2, ["search", *other], "the search found there has")
+
+
+@pytest.mark.parametrize("objective", ["loss", "error"])
+def test_what_a_trial_is_judged_by(tmp_path, objective):
+    assert search(tmp_path, f"--hpo-objective={objective}") == 0
+    for trial in trials(tmp_path):
+        record = trial.user_attrs["record"]
+        assert trial.value == {"loss": record["val_loss"], "error": 100 - record["val_accuracy"]}[objective]
+        assert record["test_accuracy"] is None
+
+
+def test_a_time_limit_ends_the_search(tmp_path):
+    assert search(tmp_path, hpo_trials=1000, hpo_timeout=0.1) == 0
+    assert 1 <= len(trials(tmp_path)) < 5
+
+
+def test_another_search_is_another_study(tmp_path):
+    """By another measure, or of another objective; but that of the script is the same."""
+    assert search(tmp_path) == search(tmp_path, hpo_objective="error") == 0
+    assert search(tmp_path, "--objective=dt") == 0
+    url = f"sqlite:///{tmp_path / 'noprop_hpo.db'}"
+    assert len(optuna.get_all_study_names(url)) == 3
+    assert noprop.main(["--run-hpo", *(x for x in flags(tmp_path))]) == 0
+    assert len(optuna.get_all_study_names(url)) == 3
+
+
+def test_after_a_signal_the_best_so_far_is_written_and_the_trial_is_run_again(tmp_path, monkeypatch, capsys):
+    """A trial has four steps: the signal comes in the third."""
+    steps, step = [], noprop.train_step
+
+    def stopping(*arguments):
+        if len(steps.append(0) or steps) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(lab, "step_of", lambda _: stopping)
+    assert search(tmp_path, hpo_trials=4) == 143
+    assert (tmp_path / "hpo_best.json").exists() and "The same command goes on" in capsys.readouterr().out
+    interrupted = trials(tmp_path)[2]
+    assert interrupted.state.name == "FAIL" and len(done(trials(tmp_path))) == 2
+    assert search(tmp_path, hpo_trials=4) == 0
+    assert len(done(trials(tmp_path))) == 4
+    assert interrupted.params in [trial.params for trial in done(trials(tmp_path))]
+
+
+def test_bad_input(tmp_path, capsys):
+    refused(capsys, 2, flags(tmp_path, hpo_timeout=-1), "hpo_timeout must be at least 0", main=quick_search)
+    (tmp_path / "noprop_hpo.db").write_text("this is a text" * 1000)
+    refused(capsys, 2, flags(tmp_path), "noprop_hpo.db", "file is not a database", main=quick_search)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -191,7 +238,8 @@ def test_workers_report_one_after_another(tmp_path, monkeypatch):
 
 def test_a_trial_whose_worker_died_before_its_first_heartbeat_holds_nobody_up(tmp_path):
     assert search(tmp_path, hpo_trials=1) == 0
-    optuna.load_study(study_name="noprop", storage=f"sqlite:///{tmp_path / 'noprop_hpo.db'}").ask()
+    url = f"sqlite:///{tmp_path / 'noprop_hpo.db'}"
+    optuna.load_study(study_name=optuna.get_all_study_names(url)[0], storage=url).ask()
     assert search(tmp_path, hpo_trials=2) == 0
     states = [trial.state.name for trial in trials(tmp_path)]
     assert len(states) == 3 and states.count("COMPLETE") == 2
