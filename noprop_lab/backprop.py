@@ -47,7 +47,7 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
     try:
         with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
             logits = model(image)[:, -1]
-        loss = F.cross_entropy(logits.float(), label)
+        loss = F.cross_entropy(logits.float() if short else logits, label)
         loss.backward()
         through_w = config.target == "classes" and config.learns_embedding
         names = [name for name in state.parts if name != "label_embedding" or through_w]

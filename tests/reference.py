@@ -1,0 +1,123 @@
+"""A second trainer, in the paper's notation: plain loops over blocks and tensors, and nothing of the script.
+
+It is slow, and written from the equations. Weights come as state dicts, batches and draws as tensors.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+
+T, ETA, LAMBDA = 3, 2.0, 1.0
+CLIP, DECAY, DECAY_W, MAX_NORM, AVERAGE = 0.05, 0.3, 0.2, 0.98, 0.998
+
+
+def level(t: int) -> float:
+    """ᾱ_t."""
+    return min(max(math.cos((1 - t / T + 0.008) / 1.008 * math.pi / 2) ** 2, 0.001), 0.999)
+
+
+def snr(t: int) -> float:
+    return level(t) / (1 - level(t))
+
+
+def normalized(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    """Batch norm in training, which moves its running statistics by a tenth."""
+    axes = [axis for axis in range(h.ndim) if axis != 1]
+    mean, variance = h.mean(axes, keepdim=True), h.var(axes, keepdim=True, correction=0)
+    with torch.no_grad():
+        p[f"{name}.running_mean"] += 0.1 * (mean.flatten() - p[f"{name}.running_mean"])
+        p[f"{name}.running_var"] += 0.1 * (h.var(axes) - p[f"{name}.running_var"])
+    shape = mean.shape
+    scale, shift = p[f"{name}.weight"].view(shape), p[f"{name}.bias"].view(shape)
+    return (h - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+
+def f(p: dict[str, Tensor], x: Tensor, z: Tensor) -> Tensor:
+    """The network in a small block, of weights p, for images x and noisy labels z."""
+    h = F.max_pool2d(F.conv2d(x, p["image.0.weight"], stride=2), 2, 2, ceil_mode=True)
+    h = F.relu(normalized(h, p, "image.2"))
+    h = F.relu(normalized(F.conv2d(h, p["image.4.weight"]), p, "image.5"))
+    h = F.relu(normalized(F.conv2d(h, p["image.7.weight"]), p, "image.8"))
+    h = F.relu(normalized(h.flatten(1) @ p["image.11.weight"].T, p, "image.12"))
+    h = torch.cat([h, F.relu(z @ p["label.0.weight"].T + p["label.0.bias"])], 1)
+    h = F.relu(h @ p["head.0.weight"].T + p["head.0.bias"])
+    return h @ p["head.2.weight"].T + p["head.2.bias"]
+
+
+class Trainer:
+    """Blocks 1 ... T, classifier and W, each with an AdamW and an average of its own."""
+
+    def __init__(self, weights: dict[str, Tensor], objective: str, learned: bool):
+        self.objective, self.learned, self.k = objective, learned, 0
+        names = [*(f"blocks.{t}." for t in range(T)), "classifier.", "label_embedding."]
+        self.parts = [{k[len(n) :]: x.clone() for k, x in weights.items() if k.startswith(n)} for n in names]
+        self.averages = [{k: x.clone() for k, x in part.items()} for part in self.parts]
+        self.optimizers = []
+        for name, part in zip(names, self.parts, strict=True):
+            decay = DECAY_W if name == "label_embedding." else DECAY
+            learn = [x.requires_grad_() for k, x in part.items() if k.endswith(("weight", "bias"))]
+            self.optimizers.append(torch.optim.AdamW(learn, weight_decay=decay, foreach=False))
+
+    def estimate(self, t: int, x: Tensor, z: Tensor, W: Tensor) -> Tensor:
+        """û_t of z_{t-1}."""
+        out = f(self.parts[t - 1], x, z)
+        return out.softmax(1) @ W if self.objective == "dt" else out
+
+    def losses(self, t: int, x: Tensor, y: Tensor, W: Tensor, eps: Tensor, eps_T: Tensor) -> Tensor:
+        """Of block t, alone: with the classifier's for block T."""
+        u, a = W[y], level(t - 1)
+        z = math.sqrt(a) * u + math.sqrt(1 - a) * eps
+        u_hat = self.estimate(t, x, z, W)
+        eps_hat = (z - math.sqrt(a) * u_hat) / math.sqrt(1 - a)
+        loss = ETA * ((eps_hat - eps) ** 2).mean() + LAMBDA * ((u_hat - u) ** 2).mean()
+        read = u_hat
+        if self.objective == "dt":
+            loss = T / 2 * ETA * (snr(t) - snr(t - 1)) * ((u_hat - u) ** 2).sum(1).mean()
+            read = math.sqrt(level(T)) * u + math.sqrt(1 - level(T)) * eps_T
+        if t < T:
+            return loss
+        if self.objective == "dt":  # KL(N(√ᾱ u, (1-ᾱ) I) ‖ N(0, I)), summed over D, by PyTorch
+            q = torch.distributions.Normal(math.sqrt(level(0)) * u, math.sqrt(1 - level(0)))
+            prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+            loss = loss + torch.distributions.kl_divergence(q, prior).sum(1).mean()
+        return loss + F.cross_entropy(read @ self.parts[-2]["weight"].T + self.parts[-2]["bias"], y)
+
+    def chain(self, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
+        """Cross-entropy at the end of the chain, from z = 0. At equal weights z_t/√ᾱ_t is the mean of û."""
+        z, mean = x.new_zeros(len(x), W.shape[1]), 0
+        for t in range(1, T + 1):
+            u_hat = self.estimate(t, x, z, W)
+            mean = mean + (u_hat - mean) / t
+            z = math.sqrt(level(t)) * mean
+        return F.cross_entropy(u_hat @ self.parts[-2]["weight"].T + self.parts[-2]["bias"], y)
+
+    def step(self, x: Tensor, y: Tensor, lr: float, eps: list[Tensor], eps_T: Tensor) -> None:
+        """One step of all parts, on images x, labels y and the draws of blocks 1 ... T."""
+        W, gradient = self.parts[-1]["weight"], 0
+        if self.objective == "backprop":
+            self.chain(x, y, W.detach()).backward()
+        for t in range(1, T + 1) if self.objective != "backprop" else ():
+            own = W.detach().clone().requires_grad_()
+            self.losses(t, x, y, own, eps[t - 1], eps_T).backward()
+            gradient = gradient + own.grad
+        if self.learned and self.objective != "backprop":
+            W.grad = gradient
+        for part, average, optimizer in zip(self.parts, self.averages, self.optimizers, strict=True):
+            learn = optimizer.param_groups[0]["params"]
+            if learn[0].grad is None:
+                continue
+            clip_grad_norm_(learn, CLIP)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                if part is self.parts[-1]:
+                    norm = W.norm(dim=1, keepdim=True)
+                    W *= torch.where(norm > MAX_NORM, MAX_NORM / (norm + 1e-7), 1)  # torch.renorm's 1e-7
+                d = min(AVERAGE, (1 + self.k) / (10 + self.k))
+                for name in part:
+                    average[name] = d * average[name] + (1 - d) * part[name].detach()
+        self.k += 1

@@ -1,0 +1,67 @@
+"""The script's step, which is fast, against the paper's equations, which are plain: in float64, to 1e-10."""
+
+import pytest
+import reference
+import torch
+from conftest import noprop
+
+from noprop_lab.__main__ import step_of
+from noprop_lab.backprop import BackpropConfig
+from noprop_lab.dt import DTConfig
+from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
+
+SETTINGS = dict(
+    num_blocks=reference.T,
+    grad_clip=reference.CLIP,
+    weight_decay=reference.DECAY,
+    embed_wd=reference.DECAY_W,
+    max_norm_embed=reference.MAX_NORM,
+)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def states(embedding: str) -> dict[str, noprop.State]:
+    weights = dict(eta_loss_weight=reference.ETA, lambda_global=reference.LAMBDA, embedding=embedding)
+    dt = DTConfig(**SETTINGS, eta_loss_weight=reference.ETA, embedding=embedding)
+    return {
+        "hybrid": noprop.State(noprop.Config(**SETTINGS, **weights)),
+        "the lab's hybrid": LabState(LabConfig(**SETTINGS, **weights)),
+        "dt": LabState(dt),
+        "backprop": LabState(BackpropConfig(**SETTINGS, embedding=embedding)),
+    }
+
+
+@pytest.mark.parametrize("embedding", ["learned", "fixed"])
+@pytest.mark.parametrize("name", ["hybrid", "the lab's hybrid", "dt", "backprop"])
+def test_three_steps_are_those_of_the_equations(name, embedding, data):
+    """Weights, averages, batch-norm statistics, embedding; the clip, both decays and the row norms act."""
+    state = states(embedding)[name]
+    slow = reference.Trainer(state.model.state_dict(), state.config.objective, embedding == "learned")
+    step = step_of(state.config)
+    for k, lr in enumerate((0.003, 0.01, 0.002)):
+        rows = slice(64 * k, 64 * (k + 1))
+        image, label = data.train.images[rows].double() / 255, data.train.labels[rows]
+        shape = (64, state.config.dim)
+
+        def draw(purpose: str, t: int, k=k, shape=shape) -> torch.Tensor:
+            return torch.randn(shape, generator=noprop.generator(state.config.seed, purpose, t, k))
+
+        eps = [draw("noise", t) for t in range(1, reference.T + 1)]
+        slow.step(image, label, lr, eps, draw("z_T", reference.T))
+        results = step(state, image, label, lr)
+        state.step += 1
+        assert max(norm for _, norm in results.values()) > reference.CLIP
+    for network, found in ((slow.parts, state.model), (slow.averages, state.averaged)):
+        for own, part in zip(network, found.parts().values(), strict=True):
+            for key, x in part.state_dict().items():
+                if not key.endswith("num_batches_tracked"):
+                    torch.testing.assert_close(x, own[key].detach(), rtol=1e-10, atol=1e-10, msg=key)
+    rows = state.model.label_embedding.weight.norm(dim=1)
+    assert (rows <= reference.MAX_NORM + 1e-12).all() == (embedding == "learned" and name != "backprop")

@@ -1,0 +1,303 @@
+"""What decides a result, each against its own value: rates, draws, orders, averages, choices, pictures."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, TINY, noprop
+from PIL import Image
+from torch import nn
+
+from noprop_lab.dt import DTConfig
+from noprop_lab.networks import LabState
+
+# --- Learning rate, order, draws ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("one-cycle", {0: 0.04 * 0.5, 0.1: 0.52 * 0.5, 0.2: 0.5, 0.6: 0.3, 1: 0.1}),
+        ("cosine", {0: 0.5, 0.25: 0.1 + 0.4 * (0.5 + 0.5**1.5), 0.5: 0.3, 1: 0.1}),
+        ("constant", {0: 0.5, 0.2: 0.5, 1: 0.5}),
+    ],
+)
+def test_learning_rate(schedule, rates):
+    config = noprop.Config(lr=0.5, eta_min=0.1, schedule=schedule)
+    for progress, rate in rates.items():
+        assert noprop.learning_rate(progress, config) == pytest.approx(rate, rel=1e-12), progress
+
+
+class Watched(noprop.Hybrid):
+    """The hybrid loss, which notes the draws that it gets; seen is set by its owner."""
+
+    def block_loss(self, block, t, alpha_bar, image, label, W, draw):
+        def noted(purpose, shape):
+            self.seen[purpose, t, len(self.seen)] = numbers = draw(purpose, shape)
+            return numbers
+
+        return super().block_loss(block, t, alpha_bar, image, label, W, noted)
+
+
+def watched_training(data: noprop.Data, **changes) -> dict[str, list]:
+    """What two epochs of four steps use: rates, images, seeds of the augmentation, noise of all blocks."""
+    config, notes = noprop.Config(**TINY | {"epochs": 2} | changes), {"rates": [], "images": [], "seeds": []}
+    object.__setattr__(objective := Watched(), "seen", noise := {})
+    state = noprop.State(config, objective=objective)
+
+    def augment(images, generator):
+        notes["images"] += [x.numpy().tobytes() for x in images]
+        notes["seeds"].append(generator.initial_seed())
+        return images
+
+    def step(state, image, label, lr, parallel):
+        notes["rates"].append(lr)
+        return noprop.train_step(state, image, label, lr)
+
+    list(noprop.train(state, data._replace(augment=augment), step))
+    return notes | {"noise": [x.numpy().tobytes() for x in noise.values()]}
+
+
+def test_every_step_and_epoch_has_draws_of_its_own_and_they_repeat(small_data):
+    """Noise of each block and step, augmentation of each step, order of each epoch; the rate of each step."""
+    first, again = watched_training(small_data), watched_training(small_data)
+    assert first == again
+    assert len(first["noise"]) == len(set(first["noise"])) == 3 * 8
+    assert len(set(first["seeds"])) == 8
+    one, two = first["images"][:512], first["images"][512:]
+    assert (
+        sorted(one)
+        == sorted(two)
+        == sorted(noprop.to_float(x).numpy().tobytes() for x in small_data.train[0])
+    )
+    assert one != two and sorted(one) != one
+    config = noprop.Config(**TINY | {"epochs": 2})
+    assert first["rates"] == [noprop.learning_rate(k / 8, config) for k in range(8)]
+    other = watched_training(small_data, seed=1)
+    assert not set(other["noise"]) & set(first["noise"]) and other["images"] != first["images"]
+    assert not set(other["seeds"]) & set(first["seeds"])
+
+
+def test_the_seed_decides_the_weights_of_each_part():
+    one, two = (noprop.build(noprop.Config(num_blocks=2, seed=seed)).state_dict() for seed in (0, 1))
+    for name, x in one.items():
+        if name.endswith("weight") and x.ndim > 1:
+            assert not torch.equal(x, two[name]), name
+    assert not torch.equal(one["blocks.0.head.0.weight"], one["blocks.1.head.0.weight"])
+
+
+def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(small_data):
+    """The paper's block, in training: zeros where its dropout layers leave nothing."""
+    masks = []
+    for _ in range(2):
+        state, seen = LabState(DTConfig(num_blocks=2, block="paper"), CPU, small_data), []
+        for block in state.model.blocks:
+            for layer in block.image:
+                if type(layer).__name__ == "Dropout":
+                    layer.register_forward_hook(lambda layer, inputs, out, seen=seen: seen.append(out))
+        image, label = noprop.to_float(small_data.train.images[:16]), small_data.train.labels[:16]
+        for state.step in range(2):
+            noprop.train_step(state, image, label, 1e-3)
+        masks.append([x.detach().numpy().tobytes() for x in seen])
+        kept = [(x != 0).float().mean().item() for x in seen]
+        assert len(kept) == 2 * 2 * 3 and max(kept) < 0.85
+    assert masks[0] == masks[1] and len(set(masks[0])) == 12
+
+
+def test_dropout_scales_what_it_keeps():
+    from noprop_lab.dt import Dropout
+
+    layer = Dropout(0.2)
+    layer.draw = lambda shape, kind: torch.linspace(0, 0.999, 1000).view(shape)
+    out = layer(torch.ones(1000))
+    assert torch.equal(out[200:], torch.full((800,), 1 / 0.8)) and not out[:200].any()
+    assert torch.equal(layer.eval()(torch.ones(1000)), torch.ones(1000))
+
+
+# --- Augmentation ------------------------------------------------------------------------------------------
+
+
+def smooth_picture() -> torch.Tensor:
+    """Three smooth spots, (28, 28): no symmetry, and nothing near the border."""
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    spots = ((13, 8, 1.0), (20, 17, 0.7), (8, 18, 0.5))
+    return sum(h * torch.exp(-((x - a) ** 2 + (y - b) ** 2) / 16) for a, b, h in spots)
+
+
+def test_augmentation_is_what_pillow_does():
+    """Turned about the middle, scaled, shifted, one after another, each by the draws: to interpolation."""
+    picture, count = smooth_picture(), 40
+    found = noprop.augment(picture.expand(count, 1, 28, 28), torch.Generator().manual_seed(3))
+    draws = torch.rand(4, count, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    assert draws.abs().amax(1).min() > 0.9  # so that the limits are tested
+    for image, (angle, scale, dx, dy) in zip(found[:, 0], draws.T.tolist(), strict=True):
+        right, down, box = 0.06 * 28 * dx, 0.06 * 28 * dy, 14 * (1 + 0.1 * scale)
+        moved = Image.fromarray(picture.numpy()).transform(
+            (28, 28), Image.Transform.AFFINE, (1, 0, right, 0, 1, down), Image.Resampling.BILINEAR
+        )
+        edges = (14 - box, 14 - box, 14 + box, 14 + box)
+        scaled = moved.transform((28, 28), Image.Transform.EXTENT, edges, Image.Resampling.BILINEAR)
+        turned = scaled.rotate(12 * angle, Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(turned) - image.numpy()).max() < 0.08
+
+
+# --- Inference ---------------------------------------------------------------------------------------------
+
+
+class Oracle(nn.Module):
+    """A block that knows the label: its "image" is u itself, and its answer is the true noise."""
+
+    def forward(self, u, z, level, W):
+        return (z - level**0.5 * u) / (1 - level) ** 0.5
+
+
+class ShowsZ(noprop.NoProp):
+    """Its "logits" are what is handed on."""
+
+    def classify(self, u_hat, z):
+        return z
+
+
+def test_the_chain_has_the_marginals_of_the_noisy_label():
+    """At τ = 1, through forward(): z_t ~ N(√ᾱ_t u, (1-ᾱ_t) I) after every block; noise from z_0 on."""
+    config = noprop.Config(weights="ddpm", temperature=1.0)
+    model = noprop.build(config, block=lambda *_, target: Oracle(), kind=ShowsZ)
+    u = nn.init.orthogonal_(torch.empty(10, 20)).repeat(20_000, 1)
+    z = model(u, 1.0, torch.Generator().manual_seed(0))
+    levels = torch.tensor([0.024, 0.094, 0.203, 0.341, 0.494, 0.647, 0.787, 0.899, 0.972, 0.999])
+    for t, level in enumerate(model.alpha_bar[1:].tolist()):
+        assert level == pytest.approx(levels[t].item(), abs=6e-4)
+        residual = (z[:, t] - level**0.5 * u) / (1 - level) ** 0.5
+        assert abs(residual.mean().item()) < 3e-3 and abs(residual.var().item() - 1) < 3e-3, t
+
+
+def test_evaluate_counts_as_a_loop_does(small_data):
+    """Accuracy and loss after each block, and of the mean of the blocks' probabilities."""
+    matrix = torch.randn(784, 3, 10, generator=torch.Generator().manual_seed(0))
+
+    def model(images, temperature, noise):
+        return torch.einsum("bi,itk->btk", images.flatten(1), matrix)
+
+    logits = model(noprop.to_float(small_data.test.images), 0, None)
+    labels = logits.mean(1).argmax(1)  # so that some are right
+    labels[::2], labels[::3] = logits[::2, 1].argmax(1), logits[::3, 2].argmax(1)
+    found = noprop.evaluate(model, noprop.Split(small_data.test.images, labels), noprop.Config())
+    right, losses, average = [0] * 3, [0.0] * 3, 0
+    for answer, label in zip(logits, labels.tolist(), strict=True):
+        shares = [row.exp() / row.exp().sum() for row in answer]
+        for t in range(3):
+            right[t] += int(answer[t].argmax()) == label
+            losses[t] -= shares[t][label].log().item()
+        average += int(sum(shares).argmax()) == label
+    assert found["accuracy"] == pytest.approx([100 * x / 500 for x in right])
+    assert found["average"] == pytest.approx(100 * average / 500)
+    assert found["loss"] == pytest.approx([x / 500 for x in losses], rel=1e-4)
+    assert len({*right, average}) == 4  # else the test could not tell them apart
+
+
+def test_the_split_of_an_epochs_record(small_data):
+    """Validation and test accuracies are those of their own images; the model is in evaluation mode."""
+    labels = torch.zeros_like(small_data.val.labels)
+    data = small_data._replace(val=small_data.val._replace(labels=labels))
+    state = noprop.State(noprop.Config(**TINY))
+    [record] = noprop.train(state, data)
+    for name, split in (("val", data.val), ("test", data.test)):
+        right = (state.averaged.predict(split.images) == split.labels).float().mean().item()
+        assert record[f"{name}_accuracy"] == pytest.approx(100 * right)
+    assert record["val_accuracy"] != record["test_accuracy"] and not state.averaged.training
+    assert state.model.training
+
+
+# --- Selection ---------------------------------------------------------------------------------------------
+
+
+def invented(accuracies: list[float], **changes) -> noprop.State:
+    """A state after epochs with these validation accuracies; its average has the epoch for a bias."""
+    state = noprop.State(noprop.Config(num_blocks=1, epochs=9, **changes))
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        state.averaged.classifier.bias.data.fill_(epoch)
+        state.record(dict(epoch=epoch, val_accuracy=accuracy, test_accuracy=100.0 - epoch), 5000)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "changes", "selected"),
+    [
+        ([99.0, 99.6, 99.52, 99.4], {}, 3),  # the standard error of 99.6 % of 5,000 images is .089
+        ([99.0, 99.6, 99.5, 99.4], {}, 2),
+        ([99.0, 99.1, 99.2, 99.3], {}, 4),
+        ([99.0, 99.6, 99.52, 99.4], {"select": "last"}, 4),
+    ],
+)
+def test_which_epochs_weights_are_kept(accuracies, changes, selected):
+    state = invented(accuracies, **changes)
+    assert state.selected_epoch == selected
+    assert torch.equal(state.selected["classifier.bias"], torch.full((10,), float(selected)))
+
+
+def test_standard_error():
+    assert noprop.standard_error(99.6, 5000) == pytest.approx(0.0893, abs=1e-4)
+    assert noprop.standard_error(50, 100) == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "changes", "finished"),
+    [
+        ([99.0, 99.5, 99.5], {"patience": 2}, False),  # the same is no improvement
+        ([99.0, 99.5, 99.5, 99.4], {"patience": 2}, True),
+        ([99.0, 99.5, 99.4, 99.6], {"patience": 2}, False),
+        ([99.0, 98.0, 97.0], {"patience": 2, "select": "last"}, False),
+        ([99.0] * 9, {"patience": 99}, True),
+        ([99.0] * 8, {"patience": 99}, False),
+        ([], {}, False),
+    ],
+)
+def test_when_a_training_is_finished(accuracies, changes, finished):
+    assert invented(accuracies, **changes).finished() == finished
+
+
+# --- Pictures ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_picture_of_a_training_shows():
+    """Every line's values, by the words of its label; the bars are standard errors."""
+    history = [
+        dict(epoch=k, block_losses=[k, 3 * k], classifier_loss=5 * k, val_accuracy=90 + k)
+        | dict(test_accuracy=80 + k, lr=0.1 / k)
+        for k in (1, 2, 3)
+    ]
+    summary = dict(objective="hybrid", history=history, test_accuracy_by_blocks=[97, 98], test_images=400)
+    figure, lines = noprop.draw_progress(summary), {}
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            lines[axes.get_title(), line.get_label().split(",")[0]] = list(line.get_ydata())
+            assert list(line.get_xdata()) == list(range(1, 1 + len(line.get_ydata())))
+    losses = "Training losses (hybrid)"
+    accuracies = "Accuracy of the averaged weights"
+    expected = {
+        (losses, "blocks"): [2, 4, 6],
+        (losses, "classifier: cross-entropy"): [5, 10, 15],
+        (accuracies, "validation"): [91, 92, 93],
+        (accuracies, "test (decides nothing)"): [81, 82, 83],
+        ("Learning rate", "at the end of the epoch"): pytest.approx([0.1, 0.05, 0.1 / 3]),
+    }
+    assert {name: lines[name] for name in expected} == expected
+    [bars] = figure.axes[1].containers
+    chain, _, [segments] = bars
+    assert list(chain.get_ydata()) == [97, 98] and "after each block" in figure.axes[1].get_title()
+    error = (segments.get_segments()[0][1, 1] - segments.get_segments()[0][0, 1]) / 2
+    assert error == pytest.approx(100 * (0.97 * 0.03 / 400) ** 0.5)
+
+
+def test_what_the_picture_of_the_denoising_shows(small_data):
+    """Each chart's columns are distributions: flat in z_0, and in z_T the answer that the title gives."""
+    model = noprop.build(noprop.Config(num_blocks=4)).eval()
+    steps = model.steps
+    figure = noprop.draw_denoising(model, small_data.test)
+    digits, charts = figure.axes[0:6] + figure.axes[12:18], figure.axes[6:12] + figure.axes[18:24]
+    assert model.steps == steps  # the network that is drawn is left as it was
+    for digit, chart in zip(digits, charts, strict=True):
+        shares = chart.get_images()[0].get_array()
+        assert shares.shape == (10, 5) and np.allclose(shares.sum(0), 1, atol=1e-5)
+        assert shares[:, 0].max() < 0.2 and shares[:, -1].argmax() == int(digit.get_title().split()[0])
+    for i, digit in enumerate(digits[:6]):
+        assert np.allclose(digit.get_images()[0].get_array(), small_data.test.images[i, 0] / 255)
