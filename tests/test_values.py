@@ -119,7 +119,7 @@ def test_dropout_scales_what_it_keeps():
 def smooth_picture() -> torch.Tensor:
     """Three smooth spots, (28, 28): no symmetry, and nothing near the border."""
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    spots = ((13, 8, 1.0), (20, 17, 0.7), (8, 18, 0.5))
+    spots = ((13, 9, 1.0), (18, 17, 0.7), (9, 17, 0.5))
     return sum(h * torch.exp(-((x - a) ** 2 + (y - b) ** 2) / 16) for a, b, h in spots)
 
 
@@ -137,7 +137,7 @@ def test_augmentation_is_what_pillow_does():
         edges = (14 - box, 14 - box, 14 + box, 14 + box)
         scaled = moved.transform((28, 28), Image.Transform.EXTENT, edges, Image.Resampling.BILINEAR)
         turned = scaled.rotate(12 * angle, Image.Resampling.BILINEAR)
-        assert np.abs(np.asarray(turned) - image.numpy()).max() < 0.08
+        assert np.abs(np.asarray(turned) - image.numpy())[3:25, 3:25].max() < 0.06
 
 
 # --- Inference ---------------------------------------------------------------------------------------------
