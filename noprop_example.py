@@ -328,7 +328,7 @@ class Checked:
                 check_type(value := getattr(self, name), kinds[name])
             except TypeCheckError as error:
                 raise Failure(f"{name} can't be {value!r}: {Failure(error)}") from error
-            least = int(isinstance(value, int) and not isinstance(value, bool) and name != "seed")
+            least = int(kinds[name] in (int, int | None) and name != "seed")
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise Failure(f"{name} must be at least {least}, and finite, not {value}")
 

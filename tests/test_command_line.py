@@ -116,7 +116,10 @@ def test_a_config_of_the_wrong_type_is_refused():
     for name, value in (("patience", 1.5), ("lr", "a"), ("block", "paper"), ("augment", None), ("seed", "0")):
         with pytest.raises(ValueError, match=name):
             noprop.Config(**{name: value})
-    assert noprop.Config(lr=1).lr == 1  # as JSON has it
+    whole = noprop.Config(
+        lr=1, ema_decay=0, eta_min=0, temperature=0, seed=0, train_images=None
+    )  # as JSON has it
+    assert (whole.lr, whole.ema_decay) == (1, 0)
 
 
 MOVED = {
