@@ -323,13 +323,14 @@ class Checked:
     def __post_init__(self):
         """Raises Failure for a setting that can't be, naming it."""
         kinds = get_type_hints(type(self))
-        for name in [field.name for field in fields(self)]:
+        for name, value in [(field.name, getattr(self, field.name)) for field in fields(self)]:
             try:
-                check_type(value := getattr(self, name), kinds[name])
+                check_type(value, kinds[name])
             except TypeCheckError as error:
                 raise Failure(f"{name} can't be {value!r}: {Failure(error)}") from error
             least = int(kinds[name] in (int, int | None) and name != "seed")
-            if isinstance(value, int | float) and not least <= value < math.inf:
+            number = isinstance(value, int | float) and kinds[name] is not bool
+            if number and (isinstance(value, bool) or not least <= value <= sys.float_info.max):
                 raise Failure(f"{name} must be at least {least}, and finite, not {value}")
 
 
@@ -914,6 +915,8 @@ def open_picture(path: Path):
 
     try:
         with Image.open(path) as file:
+            deep = file.mode.startswith("I")  # 16 bits, which convert() would clip
+            file = file.point(lambda x: x / 256).convert("L") if deep else file
             upright = ImageOps.exif_transpose(file).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -926,14 +929,16 @@ def read_digit(path: Path) -> Tensor:
     Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure
     for a file that can't be read and for an empty picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     gray = np.asarray(open_picture(path).convert("L"), np.float32)
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
     if ink.max() < 16:
         raise Failure(f"{path} shows nothing: it is all one shade")
     box = Image.fromarray(ink > 0.25 * ink.max()).getbbox()
-    digit = ImageOps.contain(Image.fromarray(ink / ink.max()).crop(box), (20, 20), Image.Resampling.BOX)
+    digit = Image.fromarray(ink / ink.max()).crop(box)
+    size = [max(1, round(20 * side / max(digit.size))) for side in digit.size]
+    digit = digit.resize(size, Image.Resampling.BOX)
     ink, canvas = np.asarray(digit), Image.new("F", (28, 28))
     y, x = ((ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(ink.shape))
     canvas.paste(

@@ -50,7 +50,8 @@ class LabConfig(Config):
 
     def __post_init__(self):
         """Raises Failure for what does not go together."""
-        object.__setattr__(self, "classes", tuple(self.classes))  # a list where it comes from a file
+        if isinstance(self.classes, list):  # as a file has it
+            object.__setattr__(self, "classes", tuple(self.classes))
         super().__post_init__()
         if self.embed_dim not in (None, self.dim):
             raise Failure(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
@@ -61,9 +62,7 @@ class LabConfig(Config):
         for field in fields(self):
             if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
                 raise Failure(f"{field.name} has no effect on this objective: leave it out")
-        if not all(1 <= t <= self.num_blocks for t in self.own_blocks):
-            raise Failure(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
-        if len(set(self.own_blocks)) < max(1, len(self.own_blocks)):
+        if self.blocks and len(set(self.own_blocks)) < len(self.own_blocks):
             raise Failure(f"blocks must name blocks, each of them once, not {self.blocks}")
 
     @property
@@ -93,11 +92,15 @@ class LabConfig(Config):
     @property
     def own_blocks(self) -> list[int]:
         """The blocks that this run trains, 1 ... T; raises Failure where blocks can't be read."""
-        spans = [x.split("-") for x in (self.blocks or f"1-{self.num_blocks}").split(",")]
-        if not all(x.isdecimal() for span in spans for x in span) or any(len(span) > 2 for span in spans):
+        if not self.blocks:
+            return list(range(1, self.num_blocks + 1))
+        spans = [x.split("-") for x in self.blocks.split(",")]
+        if not all(x.isdecimal() and len(x) < 9 for span in spans for x in span) or max(map(len, spans)) > 2:
             raise Failure(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
-        last = self.num_blocks + 1  # is out of range, and enough of it
-        return [t for span in spans for t in range(int(span[0]), min(int(span[-1]), last) + 1)]
+        spans = [(int(span[0]), int(span[-1])) for span in spans]
+        if not all(1 <= first <= last <= self.num_blocks for first, last in spans):
+            raise Failure(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
+        return [t for first, last in spans for t in range(first, last + 1)]
 
     def saved(self) -> dict[str, Any]:
         """The script's fields, and of the lab's those that say something: the script reads what it knows."""

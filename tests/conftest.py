@@ -16,6 +16,16 @@ CPU = torch.device("cpu")
 TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 
+SLOW = ("test_parallel", "test_parts", "test_reliability", "test_search", "test_search_workers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow are some files, and whatever takes the trained network; others are marked by themselves."""
+    for item in items:
+        if item.path.stem in SLOW or "trained" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def data() -> noprop.Data:
     return noprop.load_data(noprop.Config())

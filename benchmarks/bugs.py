@@ -1,0 +1,470 @@
+"""Bugs of meaning, as people make them: what benchmarks/mutants.py plants beside the operators' mutants.
+
+Each is a name, the text that it replaces, which occurs once in the file, and what stands there instead.
+"""
+
+from typing import NamedTuple
+
+SCRIPT, LAB = "noprop_example.py", "noprop_lab"
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+SCHEDULE_AND_MODEL = [
+    ("the schedule is not clamped", ".square().clamp(1e-3, 0.999)", ".square()"),
+    (
+        "inference: one noise level off",
+        "alpha_bar, a, b, c = self.steps[t - 1]",
+        "alpha_bar, a, b, c = self.alpha_bar[t].item(), *self.steps[t - 1][1:]",
+    ),
+    (
+        "temperature 1: z_0 = 0",
+        "return temperature * send(torch.randn(shape, generator=noise), image.device)",
+        "return image.new_zeros(shape)",
+    ),
+    ("temperature: z_0 is twice as large", "return temperature * send(", "return 2 * temperature * send("),
+    ("temperature: noise without its root", "z = z + temperature * c**0.5 *", "z = z + temperature * c *"),
+    (
+        "the answer is of the block before",
+        """\
+            u_hat, z = self.step(t, image, z, temperature, noise)
+            logits.append(self.classify(u_hat, z))""",
+        """\
+            before = u_hat if t > 1 else None
+            u_hat, z = self.step(t, image, z, temperature, noise)
+            logits.append(self.classify(u_hat if before is None else before, z))""",
+    ),
+    (
+        "DDPM's weights and equal ones exchanged",
+        'config.seed, config.weights == "equal")',
+        'config.seed, config.weights != "equal")',
+    ),
+    ("the embedding does not start orthonormal", "nn.init.orthogonal_(self.label_embedding.weight)", "pass"),
+    ("the seed does not decide the blocks' weights", 'seeded(seed, "block", t)', 'seeded(0, "block", t)'),
+    ("all blocks start alike", 'seeded(seed, "block", t)', 'seeded(seed, "block")'),
+    ("the seed does not decide the embedding", 'seeded(seed, "embedding")', 'seeded(0, "embedding")'),
+    (
+        "predict: bytes are not divided by 255",
+        "return map(to_float, images.to(",
+        "return map(Tensor.float, images.to(",
+    ),
+    (
+        "predict: the answer of block 1",
+        "return self.probabilities(images)[:, -1].argmax(-1)",
+        "return self.probabilities(images)[:, 0].argmax(-1)",
+    ),
+    (
+        "predict: the answer of the average",
+        "return self.probabilities(images)[:, -1].argmax(-1)",
+        "return self.probabilities(images).mean(1).argmax(-1)",
+    ),
+]
+
+OBJECTIVE = [
+    (
+        "training: one noise level off",
+        "level, u = alpha_bar[t - 1].item(), F.embedding(label, W)",
+        "level, u = alpha_bar[t].item(), F.embedding(label, W)",
+    ),
+    (
+        "the embedding is detached in z",
+        "z = noisy_label(u, noise, level)",
+        "z = noisy_label(u.detach(), noise, level)",
+    ),
+    (
+        "the embedding is detached in the target",
+        "F.mse_loss(u_hat, u), u_hat",
+        "F.mse_loss(u_hat, u.detach()), u_hat",
+    ),
+    (
+        "the block reads a detached z",
+        "eps_hat = block(image, z, level, W)",
+        "eps_hat = block(image, z.detach(), level, W)",
+    ),
+    (
+        "the block reads a detached W",
+        "eps_hat = block(image, z, level, W)",
+        "eps_hat = block(image, z, level, W.detach())",
+    ),
+    (
+        "the classifier's gradient does not reach block T",
+        "return F.cross_entropy(classifier(u_hat), label)",
+        "return F.cross_entropy(classifier(u_hat.detach()), label)",
+    ),
+    (
+        "the classifier's loss is doubled",
+        "return F.cross_entropy(classifier(u_hat), label)",
+        "return 2 * F.cross_entropy(classifier(u_hat), label)",
+    ),
+    (
+        "eta and lambda exchanged",
+        "Hybrid(config.eta_loss_weight, config.lambda_global)",
+        "Hybrid(config.lambda_global, config.eta_loss_weight)",
+    ),
+]
+
+DATA = [
+    (
+        "validation images are trained on too",
+        "order[held_out:][: config.train_images]",
+        "order[: config.train_images]",
+    ),
+    (
+        "the digest of the images leaves out labels",
+        "(*self.train, *self.val, *(self.test or ()))",
+        "(self.train.images, self.val.images, *(self.test or ())[:1])",
+    ),
+    (
+        "shear in place of rotation",
+        "torch.stack([cos, -sin, dx, sin, cos, dy]",
+        "torch.stack([cos, -sin, dx, 0 * sin, cos, dy]",
+    ),
+    (
+        "a batch is turned and shifted as one",
+        "(torch.rand(4, len(images), generator=noise) * 2 - 1)",
+        "(torch.rand(4, 1, generator=noise).expand(4, len(images)) * 2 - 1)",
+    ),
+    (
+        "augmentation turns and shifts one way only",
+        "(torch.rand(4, len(images), generator=noise) * 2 - 1)",
+        "torch.rand(4, len(images), generator=noise)",
+    ),
+]
+
+TRAINING = [
+    (
+        "no gradient clip",
+        "clip_grad_norm_([self.parts[name]], self.config.grad_clip)",
+        "clip_grad_norm_([self.parts[name]], math.inf)",
+    ),
+    (
+        "no gradient clip of the embedding",
+        "clip_grad_norm_([self.parts[name]], self.config.grad_clip)",
+        'clip_grad_norm_([self.parts[name]], math.inf if "label" in name else self.config.grad_clip)',
+    ),
+    (
+        "no gradient clip of the twin",
+        "clip_grad_norm_([self.parts[name]], self.config.grad_clip)",
+        "clip_grad_norm_([self.parts[name]], math.inf if self.config.objective == 'backprop' else"
+        " self.config.grad_clip)",
+    ),
+    (
+        "weight decay ten times",
+        'if name == "label_embedding" else config.weight_decay',
+        'if name == "label_embedding" else 10 * config.weight_decay',
+    ),
+    (
+        "weight decay of blocks for the embedding too",
+        'decay = config.embed_wd if name == "label_embedding" else config.weight_decay',
+        "decay = config.weight_decay",
+    ),
+    (
+        "the learning rate never anneals",
+        "return config.eta_min + (config.lr - config.eta_min) * cosine",
+        "return config.lr",
+    ),
+    (
+        "the learning rate does not warm up",
+        'warm_up = 0.2 if config.schedule == "one-cycle" else 0.0',
+        "warm_up = 0.0",
+    ),
+    ("the same order every epoch", '"order", len(state.history))', '"order", 0)'),
+    ("the same augmentation every step", '"augment", state.step)', '"augment", 0)'),
+    (
+        "the same noise every step",
+        "generator(config.seed, purpose, t, state.step)",
+        'generator(config.seed, purpose, t, state.step * (purpose != "noise"))',
+    ),
+    (
+        "the same dropout mask every step",
+        "generator(config.seed, purpose, t, state.step)",
+        'generator(config.seed, purpose, t, state.step * ("dropout" not in purpose))',
+    ),
+    (
+        "the same noise for every block",
+        "generator(config.seed, purpose, t, state.step)",
+        "generator(config.seed, purpose, state.step)",
+    ),
+    (
+        "the seed does not decide the noise",
+        "generator(config.seed, purpose, t, state.step)",
+        "generator(0, purpose, t, state.step)",
+    ),
+    (
+        "the embedding's gradient is the blocks' mean",
+        "sum(gradient for _, gradient in steps))",
+        "sum(gradient for _, gradient in steps) / len(steps))",
+    ),
+    (
+        "the embedding's gradient is the last block's",
+        "sum(gradient for _, gradient in steps))",
+        "steps[-1][1])",
+    ),
+    (
+        "the average leaves out batch-norm statistics",
+        "[averaged.detach(), *statistics[0]], [vector.detach(), *statistics[1]]",
+        "[averaged.detach()], [vector.detach()]",
+    ),
+    (
+        "the average does not warm up",
+        "decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))",
+        "decay = self.config.ema_decay",
+    ),
+    (
+        "the embedding's norm is not clipped",
+        "self.model.label_embedding.weight.data.renorm_(2, 0, self.config.max_norm_embed)",
+        "pass",
+    ),
+    ("the embedding's norm: always 50", "renorm_(2, 0, self.config.max_norm_embed)", "renorm_(2, 0, 50.0)"),
+    (
+        "the embedding's norm: of columns",
+        "renorm_(2, 0, self.config.max_norm_embed)",
+        "renorm_(2, 1, self.config.max_norm_embed)",
+    ),
+    ("bfloat16 is ignored", 'short = config.precision == "bfloat16"', "short = False"),
+    (
+        "batch norm trains while the average is evaluated",
+        "copy.deepcopy(self.model).eval()",
+        "copy.deepcopy(self.model)",
+    ),
+    (
+        "batch norm trains in a network that is loaded",
+        "model.eval().load_state_dict(weights)",
+        "model.load_state_dict(weights)",
+    ),
+]
+
+SELECTION = [
+    (
+        "selection by test accuracy",
+        """\
+            best = max(record["val_accuracy"] for record in self.history)
+            better = record["val_accuracy"] >=""",
+        """\
+            best = max(x.get("test_accuracy", x["val_accuracy"]) for x in self.history)
+            better = record.get("test_accuracy", record["val_accuracy"]) >=""",
+    ),
+    (
+        "selection of the first epoch within one standard error",
+        'if self.config.select == "last" or better:',
+        """\
+kept = self.selected_epoch and self.config.select == "validation"
+        kept = kept and self.history[self.selected_epoch - 1]["val_accuracy"]
+        if self.config.select == "last" or better and kept < best - standard_error(best, val_images):""",
+    ),
+    ("selection of the best epoch alone", ">= best - standard_error(best, val_images)", ">= best"),
+    (
+        "selection within two standard errors",
+        "best - standard_error(best,",
+        "best - 2 * standard_error(best,",
+    ),
+    (
+        "patience never ends",
+        "return done >= self.config.epochs or late >= self.config.patience",
+        "return done >= self.config.epochs",
+    ),
+    (
+        "an epoch measures the weights, not their average",
+        "evaluate(self.averaged, split",
+        "evaluate(self.model.eval(), split",
+    ),
+    (
+        "an epoch's test and validation exchanged",
+        '(("val", data.val), ("test", data.test))',
+        '(("val", data.test), ("test", data.val))',
+    ),
+    (
+        "the results' test and validation exchanged",
+        "for split in (data.val, data.test))",
+        "for split in (data.test, data.val))",
+    ),
+    ("the results are of the last epoch", "model.load_state_dict(state.selected)", "model.eval()"),
+    (
+        "the last weights are saved, not the selected",
+        '"model": self.selected,',
+        '"model": self.averaged.state_dict(),',
+    ),
+    (
+        "evaluate: validation in place of test",
+        "test = load_data(config, options.data_root, device).test",
+        "test = load_data(config, options.data_root, device).val",
+    ),
+    (
+        "evaluate: images are augmented",
+        "images = to_float(split.images[start : start + 500])",
+        "images = augment(to_float(split.images[start : start + 500]), generator(start))",
+    ),
+    (
+        "evaluate: the temperature is ignored",
+        "model(images, config.temperature, generator(",
+        "model(images, 0.0, generator(",
+    ),
+    ("evaluate: the same noise in every batch", '"inference", start)', '"inference", 0)'),
+    (
+        "evaluate: the average is block 1",
+        "predictions.softmax(-1).mean(1, keepdim=True)",
+        "predictions.softmax(-1)[:, :1]",
+    ),
+    (
+        "evaluate: the average is of logits",
+        "predictions.softmax(-1).mean(1, keepdim=True)",
+        "predictions.mean(1, keepdim=True)",
+    ),
+    (
+        "evaluate: every block has the accuracy of the last",
+        'return {"accuracy": chain, "average"',
+        'return {"accuracy": chain[-1:] * len(chain), "average"',
+    ),
+    (
+        "the standard error has no root",
+        "return math.sqrt(accuracy * (100 - accuracy) / images)",
+        "return accuracy * (100 - accuracy) / images",
+    ),
+]
+
+FILES_AND_SEARCH = [
+    (
+        "resume: the average is not loaded",
+        "zip(self.holders[name], states, strict=True)",
+        "zip(self.holders[name][1:], states[1:], strict=True)",
+    ),
+    (
+        "resume: the optimizer is not loaded",
+        "zip(self.holders[name], states, strict=True)",
+        "zip(self.holders[name][:2], states[:2], strict=True)",
+    ),
+    (
+        "resume: the step counter is lost",
+        "setattr(self, name, training[name])",
+        'setattr(self, name, 0 if name == "step" else training[name])',
+    ),
+    (
+        "resume: the epoch begins anew",
+        "self.log = [row.to(self.device) for row in self.log]",
+        "self.log = []",
+    ),
+    (
+        "resume: the selected weights are lost",
+        "self.selected = selected if self.history else self.selected",
+        "self.selected = self.averaged.state_dict()",
+    ),
+    ("resume: other images are taken", 'if content["data"] != data.digest():', "if False:"),
+    ("files are written in place", 'beside = path.with_name(f".{path.name}.part")', "beside = path"),
+    ("an older checkpoint is overwritten", "            keep_older(path)\n", "            pass\n"),
+    (
+        "the picture's validation curve is the test curve",
+        '(accuracies, "val_accuracy",',
+        '(accuracies, "test_accuracy",',
+    ),
+    (
+        "the picture's errors are of validation images",
+        'standard_error(accuracy, summary["test_images"])',
+        "standard_error(accuracy, 5000)",
+    ),
+    ("digits are not centred by mass", "int(np.clip(round(13.5 - c), 0, 28 - n))", "(28 - n) // 2"),
+    ("digits fill the whole picture", "(20, 20), Image.Resampling.BOX", "(28, 28), Image.Resampling.BOX"),
+    ("digits must be light on dark", "ink = np.abs(gray -", "ink = np.maximum(0, gray -"),
+    (
+        "the search judges by test images",
+        "data._replace(test=None), options, signalled)",
+        "data._replace(val=data.test, test=None), options, signalled)",
+    ),
+    ("the search never prunes", "or (not state.finished() and trial.should_prune())", ""),
+    ("the search trains with the worst trial", "best = min(complete, key", "best = max(complete, key"),
+    (
+        "the search does not begin with the settings given",
+        "study.enqueue_trial(first, skip_if_exists=True)",
+        "pass",
+    ),
+]
+
+DT = [
+    ("dt: no KL term", " + kl_to_noise(F.embedding(label, W), level)", ""),
+    ("dt: the SNR's differences are reversed", ".diff()[t - 1].item()", ".diff()[-t].item()"),
+    (
+        "dt: the factor T/2 is missing",
+        "weight = (len(alpha_bar) - 1) / 2 * self.config",
+        "weight = self.config",
+    ),
+    ("dt: the classifier trains on û", 'if config.classify == "u_hat":', "if config.classify:"),
+    ("dt: the classifier reads û in inference", "return self.classifier(z)", "return self.classifier(u_hat)"),
+    (
+        "dt: the classifier trains on z_{T-1}",
+        "cosine_schedule(config.num_blocks)[-1]",
+        "cosine_schedule(config.num_blocks)[-2]",
+    ),
+    ("dt: dropout does not scale up", ">= self.p) / (1 - self.p)", ">= self.p)"),
+    (
+        "dt: all dropout layers draw alike",
+        'draw(f"dropout {i}", shape, kind)',
+        'draw("dropout", shape, kind)',
+    ),
+    ("prototypes: mean in place of median", ".median(1).values.argmin()", ".mean(1).argmin()"),
+]
+
+EARLY_EXIT = [
+    ("early exit: by the least probable class", "probability.amax(-1) <=", "probability.amin(-1) <="),
+    ("early exit: z of the wrong images", "image[stay], z[stay]", "image[stay], z[: int(stay.sum())]"),
+    ("early exit: all images went through all blocks", "used[inside] = t", "used[:] = t"),
+]
+
+BACKPROP = [
+    ("twin: the loss of block 1", "logits = model(image)[:, -1]", "logits = model(image)[:, 0]"),
+    (
+        "twin: the same dropout mask every step",
+        "generator(config.seed, purpose, t, state.step)",
+        "generator(config.seed, purpose, t, 0)",
+    ),
+    (
+        "twin: the embedding is never trained",
+        'through_w = config.target == "classes" and config.learns_embedding',
+        "through_w = False",
+    ),
+]
+
+PARTS = [
+    (
+        "merge: two blocks exchanged",
+        '    inside = tuple(f"{name}." for name in names)\n',
+        """\
+    inside, model = tuple(f"{name}." for name in names), part["model"]
+    own = [f"{name}." for name in names if name.startswith("blocks.")]
+    for a, b in zip(own[:1], own[1:2]):
+        for key in [key for key in model if key.startswith(a)]:
+            other = b + key.removeprefix(a)
+            model[key], model[other] = model[other], model[key]
+""",
+    ),
+    (
+        "merge: averages and optimizers are the first file's",
+        'mine["parts"].update({name: more["parts"][name] for name in names})',
+        "pass",
+    ),
+]
+
+PARALLEL = [
+    (
+        "parallel: the gradient is not added up",
+        "train_step = partial(noprop.train_step, share=partial(collective, dist.all_reduce))",
+        "train_step = noprop.train_step",
+    ),
+    ("parallel: what others have trained is not gathered", "self.load_part_state(name, states)", "pass"),
+]
+
+BUGS = [
+    Bug(name, file, old, new)
+    for file, bugs in (
+        (SCRIPT, SCHEDULE_AND_MODEL + OBJECTIVE + DATA + TRAINING + SELECTION + FILES_AND_SEARCH),
+        (f"{LAB}/dt.py", DT),
+        (f"{LAB}/early_exit.py", EARLY_EXIT),
+        (f"{LAB}/backprop.py", BACKPROP),
+        (f"{LAB}/parts.py", PARTS),
+        (f"{LAB}/parallel.py", PARALLEL),
+    )
+    for name, old, new in bugs
+]

@@ -1,0 +1,432 @@
+"""Which planted bugs the tests notice: those of benchmarks/bugs.py, and a sample of cosmic-ray's mutants.
+
+    python benchmarks/mutants.py                        both kinds; hours
+    python benchmarks/mutants.py bugs --only resume     one kind, and of it those with a word in their name
+    python benchmarks/mutants.py operators --list       what would be planted
+
+Plants each in a temporary copy of the project, and runs there the tests that could notice it, up to the first
+failure. What is known is kept in runs/mutants.jsonl below the current folder, so that a stopped call goes on;
+where sources or tests have changed, all begins anew. A timeout counts as killed; what can't be imported, or
+ends pytest itself, counts as neither.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bugs import BUGS, LAB, SCRIPT
+
+ROOT, KNOWN = Path(__file__).resolve().parents[1], Path("runs/mutants.jsonl")
+SECTIONS = {  # of the script, by their headers: the strata of its mutants
+    "Randomness": "paper",
+    "Noise schedule": "paper",
+    "Model": "paper",
+    "Objective": "paper",
+    "Configuration": "configuration",
+    "Data": "data",
+    "Training": "training",
+    "Files": "files",
+    "Search": "search",
+}
+MUTATED = (SCRIPT, f"{LAB}/dt.py", f"{LAB}/backprop.py", f"{LAB}/early_exit.py")
+ORDER = "mathematics reference values properties isolation training objectives reliability command_line"
+ORDER += " search parts parallel lab_commands datasets search_workers"
+TESTS = {  # that could notice a mutant of the file, in the order in which they run; the others: all
+    f"{LAB}/dt.py": "reference values objectives lab_commands parts parallel datasets",
+    f"{LAB}/backprop.py": "reference values objectives lab_commands",
+    f"{LAB}/early_exit.py": "objectives lab_commands",
+    f"{LAB}/parts.py": "parts parallel lab_commands",
+    f"{LAB}/parallel.py": "parallel parts lab_commands",
+}
+STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
+POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
+OUTCOMES = {0: "survived", 1: "killed", 5: "survived"}  # 5: pytest has found no test
+NOTES = ("annotation", "returns")  # of nodes of ast
+running: set[subprocess.Popen] = set()
+
+
+class Mutant(NamedTuple):
+    kind: str
+    name: str
+    stratum: str
+    file: str
+    line: int
+    source: str  # of the whole file, with the mutant in it
+
+
+class Refused(Exception):
+    """One line for the user, and the exit code."""
+
+
+# --- Mutants -----------------------------------------------------------------------------------------------
+
+
+def planted(base: Path) -> list[Mutant]:
+    """The bugs of bugs.py."""
+    mutants = []
+    for bug in BUGS:
+        source = (base / bug.file).read_text(encoding="utf-8")
+        if source.count(bug.old) != 1:
+            raise Refused(f"bug {bug.name!r}: its text is {source.count(bug.old)} times in {bug.file}", 2)
+        line = source[: source.index(bug.old)].count("\n") + 1
+        changed = source.replace(bug.old, bug.new)
+        mutants.append(Mutant("bugs", bug.name, "bugs of meaning", bug.file, line, changed))
+    return mutants
+
+
+def annotations(source: str) -> list[tuple]:
+    """Where type annotations stand: pairs of (line, column)."""
+    nodes = [getattr(node, name, None) for node in ast.walk(ast.parse(source)) for name in NOTES]
+    lines = [line.encode() for line in source.split("\n")]
+
+    def place(line: int, column: int) -> tuple[int, int]:  # ast counts bytes, and parso letters
+        return line, len(lines[line - 1][:column].decode())
+
+    found = [node for node in nodes if node]
+    return [(place(x.lineno, x.col_offset), place(x.end_lineno, x.end_col_offset)) for x in found]
+
+
+def chunks(source: str) -> Iterator[tuple[int, int]]:
+    """First and last line of each function, class and statement of a file, from 1."""
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))])
+            yield first, node.end_lineno
+
+
+def places(source: str) -> Iterator[tuple[str, int, tuple[int, int]]]:
+    """All that cosmic-ray would change in a source: operator, occurrence, (line, column)."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast
+
+    nodes, left_out = list(ast_nodes(get_ast(source))), annotations(source)
+    for name in filter(lambda name: not POINTLESS.search(name), plugins.operator_names()):
+        operator = plugins.get_operator(name)()
+        starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
+        for occurrence, start in enumerate(starts):
+            if not any(first <= start < last for first, last in left_out):
+                yield name, occurrence, start
+
+
+def strata(base: Path) -> dict[str, list[tuple]]:
+    """By stratum, all that could be changed: file, first and last line of the chunk, operator, ..."""
+    found: dict[str, list[tuple]] = {}
+    for file in MUTATED:
+        source = (base / file).read_text(encoding="utf-8")
+        lines = source.split("\n")
+        headers = [re.match(r"# --- (.+?) -+$", line) for line in lines]
+        sections = list(accumulate((x and x[1] for x in headers), lambda old, new: new or old))
+        for first, last in chunks(source):
+            stratum = SECTIONS.get(sections[first - 1]) if file == SCRIPT else Path(file).name
+            for change in places("\n".join(lines[first - 1 : last])) if stratum else ():
+                found.setdefault(stratum, []).append((file, first, last, *change))
+    return found
+
+
+def mutant_of(base: Path, stratum: str, change: tuple) -> Mutant | None:
+    """The mutant of a change; None if that is no Python, or no change."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    file, first, last, operator, occurrence, (line, column) = change
+    source = (base / file).read_text(encoding="utf-8")
+    lines = source.split("\n")
+    chunk = mutate_code("\n".join(lines[first - 1 : last]), get_operator(operator)(), occurrence)
+    changed = "\n".join([*lines[: first - 1], chunk, *lines[last:]])
+    try:
+        if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source)):
+            return None
+    except SyntaxError:
+        return None
+    line += first - 1
+    name = f"{file}:{line}:{column} {operator.removeprefix('core/')}.{occurrence}"
+    return Mutant("operators", name, stratum, file, line, changed)
+
+
+def sampled(base: Path, size: int, seed: int) -> list[Mutant]:
+    """Mutants of cosmic-ray, about as many from each stratum, and there from as many places as possible."""
+    try:
+        found = strata(base)
+    except ModuleNotFoundError as error:
+        raise Refused(f"operators need cosmic-ray ({error}): pip install cosmic-ray", 1) from error
+    mutants, left = [], size
+    for number, (stratum, changes) in enumerate(sorted(found.items(), key=lambda x: len(x[1]))):
+        changes = random.Random(f"{seed} {stratum}").sample(changes, len(changes))
+        seen: Counter = Counter()
+        rank = {}
+        for change in changes:
+            rank[change] = seen[change[:3] + change[-1:]]
+            seen[change[:3] + change[-1:]] += 1
+        share, own = -(-left // (len(found) - number)), []
+        for change in sorted(changes, key=rank.get):
+            if len(own) < share and (mutant := mutant_of(base, stratum, change)):
+                own.append(mutant)
+        mutants, left = mutants + own, left - len(own)
+    return mutants
+
+
+def difference(base: Path, mutant: Mutant) -> str:
+    """What a mutant changes, on one line."""
+    old = (base / mutant.file).read_text(encoding="utf-8").split("\n")
+    lines = list(difflib.unified_diff(old, mutant.source.split("\n"), n=0, lineterm=""))[2:]
+    return "  ".join(f"{x[0]} {' '.join(x[1:].split())}" for x in lines if not x.startswith("@@"))
+
+
+# --- Tests -------------------------------------------------------------------------------------------------
+
+
+def copy_project(folder: Path) -> None:
+    """What git would have of the project as it is now, but for the data, which is linked to."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if not name.startswith("data/") and (ROOT / name).is_file():  # not what was deleted
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "data").symlink_to(ROOT / "data", target_is_directory=True)
+
+
+def tests_of(base: Path, file: str) -> tuple[str, ...]:
+    """The test files that could notice a mutant of a file, in the order in which they run."""
+    there = sorted(path.stem.removeprefix("test_") for path in (base / "tests").glob("test_*.py"))
+    names = TESTS[file].split() if file in TESTS else dict.fromkeys([*ORDER.split(), *there])
+    return tuple(f"tests/test_{name}.py" for name in names if name in there)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill what a run of pytest has left of its own processes."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...], slow: bool, limit: float) -> tuple[int, str]:
+    """Exit code of pytest up to the first failure, -1 for a timeout; and the test that failed."""
+    scratch = folder / "tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    stuck = ["-o", f"faulthandler_timeout={STUCK}", "-o", "faulthandler_exit_on_timeout=true"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *stuck]
+    command += ["-m", "slow" if slow else "not slow", f"--basetemp={scratch / 'pytest'}", *tests]
+    own = {"PYTHONPATH": str(folder), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    own |= {"PYTHONDONTWRITEBYTECODE": "1"}  # a mutant as long as another would be taken for it
+    with (scratch / "output").open("w+", errors="replace") as output:  # no pipe: children may outlive pytest
+        pipes = dict(stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, env=os.environ | own, **pipes)
+        running.add(process)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            end(process)
+            process.wait()
+            running.discard(process)
+        output.seek(0)
+        text = output.read()
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    return -1 if re.search(r"^Timeout \(", text, re.MULTILINE) else code, failed[1] if failed else ""
+
+
+def clean_seconds(base: Path, tests: tuple[str, ...]) -> list[float | None]:
+    """How long the tests take without a mutant: those that are not slow, the slow; None where there are none.
+
+    Raises Refused if one fails.
+    """
+    seconds: list[float | None] = []
+    for slow in (False, True):
+        started = time.perf_counter()
+        code, test = run_tests(base, tests, slow, 3600)
+        if code not in (0, 5):
+            raise Refused(f"without a mutant the tests fail (pytest's exit code is {code}): {test}", 1)
+        seconds.append(time.perf_counter() - started if code == 0 else None)
+    return seconds
+
+
+def outcome_of(folder: Path, mutant: Mutant, tests: tuple[str, ...], clean: list[float | None]) -> dict:
+    """Plant a mutant in a copy, run the tests, take it out: whether it was killed, and by which test."""
+    path, started = folder / mutant.file, time.perf_counter()
+    source, outcome, test = path.read_text(encoding="utf-8"), "survived", ""
+    path.write_text(mutant.source, encoding="utf-8")
+    try:
+        for slow, seconds in enumerate(clean):
+            if seconds is not None and outcome == "survived":
+                code, test = run_tests(folder, tests, bool(slow), max(STUCK, 5 * seconds))
+                outcome = "timeout" if code == -1 else OUTCOMES.get(code, "broken")
+    finally:
+        path.write_text(source, encoding="utf-8")
+    return {"outcome": outcome, "test": test, "seconds": round(time.perf_counter() - started, 1)}
+
+
+# --- Results -----------------------------------------------------------------------------------------------
+
+
+def digest(*words: Any) -> str:
+    return hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()
+
+
+def project_digest(base: Path) -> str:
+    """Of all sources and tests."""
+    paths = sorted([*base.glob("*.py"), *base.glob(f"{LAB}/*.py"), *base.glob("tests/*.py")])
+    paths = [*paths, base / "pyproject.toml"]
+    return digest([(str(path.relative_to(base)), path.read_bytes()) for path in paths])
+
+
+def known() -> dict[str, dict]:
+    """What earlier calls have found, by digest; a line that was cut off is none."""
+    found = {}
+    for line in KNOWN.read_text(encoding="utf-8").splitlines() if KNOWN.exists() else ():
+        with suppress(ValueError, KeyError):
+            entry = json.loads(line)
+            found[entry["key"]] = entry
+    return found
+
+
+def keep(entry: dict) -> dict:
+    """Append a result to the file of known ones."""
+    KNOWN.parent.mkdir(parents=True, exist_ok=True)
+    with KNOWN.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    return entry
+
+
+def try_all(base: Path, mutants: list[Mutant], jobs: int) -> list[dict]:
+    """The result of each mutant, from the file or by running the tests."""
+    project, old = project_digest(base), known()
+    keys = [digest(project, x.kind, x.name, x.file, x.source, tests_of(base, x.file)) for x in mutants]
+    missing = [(key, mutant) for key, mutant in zip(keys, mutants, strict=True) if key not in old]
+    clean = {}
+    for tests in dict.fromkeys(tests_of(base, mutant.file) for _, mutant in missing):
+        key = digest(project, "clean", tests)
+        if key not in old:
+            print(f"without a mutant: {' '.join(tests)}", file=sys.stderr)
+            old[key] = keep({"key": key, "clean": clean_seconds(base, tests)})
+        clean[tests] = old[key]["clean"]
+    folders: queue.Queue[Path] = queue.Queue()
+    for number in range(jobs):
+        shutil.copytree(base, base.parent / str(number), symlinks=True, ignore=shutil.ignore_patterns("tmp"))
+        folders.put(base.parent / str(number))
+
+    def job(key: str, mutant: Mutant) -> dict:
+        folder, tests = folders.get(), tests_of(base, mutant.file)
+        found = outcome_of(folder, mutant, tests, clean[tests])
+        folders.put(folder)
+        about = {"kind": mutant.kind, "name": mutant.name, "stratum": mutant.stratum, "file": mutant.file}
+        about |= {"line": mutant.line, "diff": difference(base, mutant)}
+        return {"key": key} | about | found
+
+    for entry in in_parallel(job, missing, jobs):
+        old[entry["key"]] = keep(entry)
+    return [old[key] for key in keys]
+
+
+def in_parallel(job, missing: list[tuple[str, Mutant]], jobs: int) -> Iterator[dict]:
+    """The results of the jobs as they come; progress goes to stderr. Whoever stops it stops the tests too."""
+    started, pool = time.perf_counter(), ThreadPoolExecutor(jobs)
+    try:
+        futures = [pool.submit(job, *each) for each in missing]
+        for done, future in enumerate(as_completed(futures), start=1):
+            yield (entry := future.result())
+            left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
+            name = f"{entry['outcome']:<8} {entry['name']}"
+            print(f"{done}/{len(missing)}  {name}; about {left:.0f} min left", file=sys.stderr)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            end(process)
+        pool.shutdown()
+
+
+def report(results: list[dict]) -> tuple[dict[str, Counter], list[str]]:
+    """Print survivors, counts by stratum, and the last line; returns counts and survivors."""
+    counts: dict[str, Counter] = {}
+    for entry in results:
+        counts.setdefault(entry["stratum"], Counter())[entry["outcome"]] += 1
+    lines = []
+    for entry in results:
+        if entry["outcome"] == "survived":
+            place = f"{entry['file']}:{entry['line']}"
+            name = f"  ({entry['name']})" if entry["kind"] == "bugs" else ""
+            lines.append(f"{place}{name}  {entry['diff']}")
+    print(*lines, sep="\n", end="\n\n" if lines else "")
+    print("| stratum | killed | timeout | survived | broken |\n|---|---|---|---|---|")
+    for stratum, count in counts.items():
+        row = " | ".join(str(count[x]) for x in ("killed", "timeout", "survived", "broken"))
+        print(f"| {stratum} | {row} |")
+    total = sum(counts.values(), Counter())
+    killed = total["killed"] + total["timeout"]
+    print(f"killed {killed} of {killed + total['survived']}")
+    return counts, lines
+
+
+def write(counts: dict[str, Counter], survivors: list[str], arguments: argparse.Namespace) -> None:
+    """Keep what a whole call has found, for the docs."""
+    kept = {"cosmic-ray": importlib.metadata.version("cosmic-ray"), "sample": arguments.sample}
+    kept |= {"seed": arguments.seed, "counts": counts, "survivors": survivors}
+    path = ROOT / "benchmarks" / "results" / "mutants.json"
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def execute(base: Path, arguments: argparse.Namespace) -> None:
+    """Plant what the command line asks for, in copies of the copy in base. Raises Refused."""
+    copy_project(base)
+    mutants = planted(base) if arguments.kind != "operators" else []
+    mutants += sampled(base, arguments.sample, arguments.seed) if arguments.kind != "bugs" else []
+    mutants = [mutant for mutant in mutants if arguments.only in mutant.name]
+    if arguments.list:
+        for mutant in mutants:
+            print(f"{mutant.stratum:<16} {mutant.name}  {difference(base, mutant)}")
+        return
+    found = report(try_all(base, mutants, arguments.jobs))
+    if not arguments.kind and not arguments.only:
+        write(*found, arguments)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", nargs="?", choices=["bugs", "operators"], help="both, if none is named")
+    parser.add_argument("--jobs", type=int, default=2, help="copies of the project that run tests at once")
+    parser.add_argument("--sample", type=int, default=300, help="mutants of the operators")
+    parser.add_argument("--seed", type=int, default=0, help="of that sample")
+    parser.add_argument("--only", default="", help="those with this text in their name")
+    parser.add_argument("--list", action="store_true", help="plant nothing")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        try:
+            execute(Path(name) / "base", arguments)
+        except Refused as refused:
+            reason, code = refused.args
+            print(f"error: {reason}", file=sys.stderr)
+            return code
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
