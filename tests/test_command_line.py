@@ -273,6 +273,7 @@ def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path):
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
     """A file-size limit stands for the full disk; the picture of an earlier run stays whole."""
     for name in ("noprop_hybrid.json", "training_progress_hybrid.png"):
@@ -286,6 +287,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
     assert names == {"noprop_hybrid.1.json", "training_progress_hybrid.png"}  # kept, and untouched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -331,6 +333,7 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     assert not {"matplotlib", "optuna", "torchvision", "PIL", "tyro"} & modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["backend", "style"])
 def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
     """No such backend: results, a line a picture, exit code 1; a style or a window's backend do nothing."""
@@ -347,6 +350,7 @@ def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
     assert (tmp_path / "denoising_hybrid.png").exists() == (fault == "style")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_and_letters_that_a_console_lacks(flags, tmp_path):
     """The run goes on where only a print failed."""
     folder = os.fsencode(tmp_path) + b"/\xff"
@@ -365,6 +369,7 @@ def test_a_reader_that_leaves_and_letters_that_a_console_lacks(flags, tmp_path):
 OUTPUTS = [name.format("hybrid") for name in noprop.OUTPUTS]
 
 
+@pytest.mark.slow
 def test_the_script_runs_alone(tmp_path, flags):
     """Copied into an empty folder beside data/."""
     shutil.copy(SCRIPT, tmp_path)

@@ -247,6 +247,7 @@ def test_a_folder_of_pictures(tmp_path, data, capsys, layout, monkeypatch):
     assert re.match(rf"{picture}: (one|seven|zero)  \(", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_folder_to_which_something_was_added_is_not_gone_on_with(tmp_path, data, capsys):
     root, out = tmp_path / "pictures", tmp_path / "out"
     write_pictures(root, data.train, ORDER, 900)

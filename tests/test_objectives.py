@@ -162,6 +162,7 @@ def test_the_hybrid_loss_may_have_a_classifier_that_reads_z(batch):
     assert state.model(image).isfinite().all()
 
 
+@pytest.mark.slow
 def test_dt_learns(data):
     """Two epochs on 12,000 images, three blocks, the embedding fixed; docs/evidence.md has a learned one."""
     train = noprop.Split(data.train.images[:12_000], data.train.labels[:12_000])
@@ -210,6 +211,7 @@ def test_the_twins_bits_depend_on_step_threads_alone(small_data):
     assert same(one.model.state_dict(), two.model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):
     """Its last bits depend on them, so that one run has one number."""
     flags = flags_of(tmp_path, "--objective=backprop", num_blocks=1)
@@ -240,6 +242,7 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
         assert short.history[0][name] == pytest.approx(exact.history[0][name], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dt", "backprop"])
 def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, objective, capsys):
     flags = ["train", *flags_of(tmp_path, f"--objective={objective}", "--threads=1", epochs=2)]

@@ -117,6 +117,7 @@ def test_temperature_one_samples_and_repeats_itself(trained, data):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_reference_preset_starts_and_learns(data):
     config = noprop.Config.reference(epochs=1, num_blocks=3, lr=0.003, batch_size=64)
     small = noprop.Data(*(noprop.Split(x.images[:6400], x.labels[:6400]) for x in data[:3]))
