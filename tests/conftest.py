@@ -1,6 +1,7 @@
 """What the tests share: the script as a module, real MNIST in small slices, and a small trained network."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW or "trained" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts() -> None:
+    """Ctrl-C is heard, also where a shell has started the tests in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
