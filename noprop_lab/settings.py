@@ -62,8 +62,8 @@ class LabConfig(Config):
         for field in fields(self):
             if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
                 raise Failure(f"{field.name} has no effect on this objective: leave it out")
-        if self.blocks and len(set(self.own_blocks)) < len(self.own_blocks):
-            raise Failure(f"blocks must name blocks, each of them once, not {self.blocks}")
+        if self.blocks and not self.own_blocks:  # which refuses what can't be read
+            raise Failure(f"blocks must name blocks, not {self.blocks}")
 
     @property
     def dim(self) -> int:
@@ -98,9 +98,12 @@ class LabConfig(Config):
         if not all(x.isdecimal() and len(x) < 9 for span in spans for x in span) or max(map(len, spans)) > 2:
             raise Failure(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
         spans = [(int(span[0]), int(span[-1])) for span in spans]
-        if not all(1 <= first <= last <= self.num_blocks for first, last in spans):
-            raise Failure(f"blocks must lie between 1 and num_blocks ({self.num_blocks}): {self.blocks}")
-        return [t for first, last in spans for t in range(first, last + 1)]
+        blocks = [t for first, last in spans for t in range(first, min(last, self.num_blocks) + 1)]
+        if not all(1 <= a <= b <= self.num_blocks for a, b in spans) or len(set(blocks)) < len(blocks):
+            raise Failure(
+                f"blocks must name blocks between 1 and num_blocks ({self.num_blocks}) once, not {self.blocks}"
+            )
+        return blocks
 
     def saved(self) -> dict[str, Any]:
         """The script's fields, and of the lab's those that say something: the script reads what it knows."""

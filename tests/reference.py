@@ -50,8 +50,8 @@ def f(p: dict[str, Tensor], x: Tensor, z: Tensor) -> Tensor:
 class Trainer:
     """Blocks 1 ... T, classifier and W, each with an AdamW and an average of its own."""
 
-    def __init__(self, weights: dict[str, Tensor], objective: str, learned: bool):
-        self.objective, self.learned, self.k = objective, learned, 0
+    def __init__(self, weights: dict[str, Tensor], objective: str, learned: bool, classes: bool):
+        self.objective, self.learned, self.classes, self.k = objective, learned, classes, 0
         names = [*(f"blocks.{t}." for t in range(T)), "classifier.", "label_embedding."]
         self.parts = [{k[len(n) :]: x.clone() for k, x in weights.items() if k.startswith(n)} for n in names]
         self.averages = [{k: x.clone() for k, x in part.items()} for part in self.parts]
@@ -64,7 +64,7 @@ class Trainer:
     def estimate(self, t: int, x: Tensor, z: Tensor, W: Tensor) -> Tensor:
         """û_t of z_{t-1}."""
         out = f(self.parts[t - 1], x, z)
-        return out.softmax(1) @ W if self.objective == "dt" else out
+        return out.softmax(1) @ W if self.classes else out
 
     def losses(self, t: int, x: Tensor, y: Tensor, W: Tensor, eps: Tensor, eps_T: Tensor) -> Tensor:
         """Of block t, alone: with the classifier's for block T."""

@@ -27,6 +27,11 @@ def test_files_of_a_run(trained, capsys):
     by_blocks = summary["test_accuracy_by_blocks"]
     assert len(by_blocks) == 10 and by_blocks[-1] == summary["test_accuracy"]
     assert 0 < summary["seconds"] < summary["seconds_total"]
+    for name in (
+        "val_accuracy",
+        "test_accuracy",
+    ):  # there is one epoch, and its weights are the selected ones
+        assert summary[name] == summary["history"][0][name] and 90 < summary[name] < 100
     checkpoint = torch.load(trained / "noprop_hybrid.pt", weights_only=True)
     assert checkpoint["config"] == summary["config"] and "output_dir" not in checkpoint["config"]
     assert {name.split(".")[0] for name in checkpoint["model"]} == {"blocks", "label_embedding", "classifier"}

@@ -97,7 +97,7 @@ def test_parts_that_do_not_belong_together(parts, tmp_path, capsys, files, word)
         (["--embedding=learned", "--embedding-from=a.pt"], "freezes the embedding"),
         (["--blocks=0", "--embedding=fixed"], "between 1 and num_blocks"),
         (["--blocks=11", "--embedding=fixed"], "between 1 and num_blocks"),
-        (["--blocks=2,1-3", "--embedding=fixed"], "each of them once"),
+        (["--blocks=2,1-3", "--embedding=fixed"], "must name blocks"),
         (["--blocks=a", "--embedding=fixed"], "must look like"),
         (["--blocks=3-1", "--embedding=fixed"], "must name blocks"),
         (["--blocks=1", "--embedding-from=nothing.pt"], "cannot read nothing.pt"),

@@ -32,18 +32,19 @@ def states(embedding: str) -> dict[str, noprop.State]:
     dt = DTConfig(**SETTINGS, eta_loss_weight=reference.ETA, embedding=embedding)
     return {
         "hybrid": noprop.State(noprop.Config(**SETTINGS, **weights)),
-        "the lab's hybrid": LabState(LabConfig(**SETTINGS, **weights)),
+        "hybrid, classes": LabState(LabConfig(**SETTINGS, **weights, target="classes")),
         "dt": LabState(dt),
         "backprop": LabState(BackpropConfig(**SETTINGS, embedding=embedding)),
     }
 
 
 @pytest.mark.parametrize("embedding", ["learned", "fixed"])
-@pytest.mark.parametrize("name", ["hybrid", "the lab's hybrid", "dt", "backprop"])
+@pytest.mark.parametrize("name", ["hybrid", "hybrid, classes", "dt", "backprop"])
 def test_three_steps_are_those_of_the_equations(name, embedding, data):
     """Weights, averages, batch-norm statistics, embedding; the clip, both decays and the row norms act."""
     state = states(embedding)[name]
-    slow = reference.Trainer(state.model.state_dict(), state.config.objective, embedding == "learned")
+    classes, learned = state.config.target == "classes", embedding == "learned"
+    slow = reference.Trainer(state.model.state_dict(), state.config.objective, learned, classes)
     step = step_of(state.config)
     for k, lr in enumerate((0.003, 0.01, 0.002)):
         rows = slice(64 * k, 64 * (k + 1))

@@ -194,6 +194,41 @@ def test_evaluate_counts_as_a_loop_does(small_data):
     assert len({*right, average}) == 4  # else the test could not tell them apart
 
 
+class Table(noprop.NoProp):
+    """Its answers are given: block 1 says 1, block 2 says 2, block 3 says 3, and the mean says 4."""
+
+    def forward(self, image, temperature=0.0, noise=None):
+        shares = torch.full((3, 10), 0.01)
+        for t in range(3):
+            shares[t, t + 1], shares[t, 4] = 0.5, 0.4
+        return shares.log().expand(len(image), 3, 10)
+
+
+def test_the_answer_is_that_of_the_last_block():
+    model = noprop.build(noprop.Config(num_blocks=3), kind=Table)
+    images = torch.zeros(7, 28, 28, dtype=torch.uint8)
+    assert model.predict(images).tolist() == [3] * 7
+    assert model.probabilities(images).argmax(-1).tolist() == [[1, 2, 3]] * 7
+
+
+def test_images_of_bytes_and_of_shares_are_the_same(small_data):
+    model, images = noprop.build(noprop.Config(num_blocks=2)).eval(), small_data.test.images[:20]
+    assert torch.equal(model.probabilities(images), model.probabilities(images.float() / 255))
+
+
+def test_evaluate_samples_at_the_configs_temperature_with_noise_of_its_own_for_each_batch(data):
+    seen = []
+
+    def model(images, temperature, noise):
+        seen.append((len(images), temperature, noise.initial_seed()))
+        return torch.zeros(len(images), 1, 10)
+
+    for seed in (0, 0, 1):
+        noprop.evaluate(model, data.val, noprop.Config(temperature=0.5, weights="ddpm", seed=seed))
+    assert {x[:2] for x in seen} == {(500, 0.5)} and seen[:10] == seen[10:20]
+    assert len({x[2] for x in seen}) == 20
+
+
 def test_the_split_of_an_epochs_record(small_data):
     """Validation and test accuracies are those of their own images; the model is in evaluation mode."""
     labels = torch.zeros_like(small_data.val.labels)
