@@ -97,11 +97,11 @@ class LabConfig(Config):
         spans = [x.split("-") for x in self.blocks.split(",")]
         if not all(x.isdecimal() and len(x) < 9 for span in spans for x in span) or max(map(len, spans)) > 2:
             raise Failure(f"blocks must look like 3,4 or 3-5, not {self.blocks}")
-        spans = [(int(span[0]), int(span[-1])) for span in spans]
-        blocks = [t for first, last in spans for t in range(first, min(last, self.num_blocks) + 1)]
-        if not all(1 <= a <= b <= self.num_blocks for a, b in spans) or len(set(blocks)) < len(blocks):
+        spans, last = [(int(span[0]), int(span[-1])) for span in spans], self.num_blocks
+        blocks = [t for a, b in spans for t in range(a, min(b, last) + 1)]
+        if not all(1 <= a <= b <= last for a, b in spans) or len(set(blocks)) < len(blocks):
             raise Failure(
-                f"blocks must name blocks between 1 and num_blocks ({self.num_blocks}) once, not {self.blocks}"
+                f"blocks must name blocks between 1 and num_blocks ({last}) once, not {self.blocks}"
             )
         return blocks
 
