@@ -468,3 +468,15 @@ BUGS = [
     )
     for name, old, new in bugs
 ]
+
+LIKELY = {  # by the beginning of a bug's name: the test file that runs before all others
+    "resume:": "reliability",
+    "files are": "reliability",
+    "an older": "reliability",
+    "the last weights": "reliability",
+    "digits": "command_line",
+    "evaluate: validation": "command_line",
+    "the search": "search",
+    "merge:": "parts",
+    "parallel:": "parallel",
+}

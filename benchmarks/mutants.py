@@ -34,7 +34,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bugs import BUGS, LAB, SCRIPT
+from bugs import BUGS, LAB, LIKELY, SCRIPT
 
 ROOT, KNOWN = Path(__file__).resolve().parents[1], Path("runs/mutants.jsonl")
 SECTIONS = {  # of the script, by their headers: the strata of its mutants
@@ -60,6 +60,7 @@ TESTS = {  # that could notice a mutant of the file, in the order in which they 
 }
 STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
 POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
+MARKS = ("not slow", "slow")
 OUTCOMES = {0: "survived", 1: "killed", 5: "survived"}  # 5: pytest has found no test
 NOTES = ("annotation", "returns")  # of nodes of ast
 running: set[subprocess.Popen] = set()
@@ -224,14 +225,14 @@ def end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_tests(folder: Path, tests: tuple[str, ...], slow: bool, limit: float) -> tuple[int, str]:
+def run_tests(folder: Path, tests: tuple[str, ...], marks: str, limit: float) -> tuple[int, str]:
     """Exit code of pytest up to the first failure, -1 for a timeout; and the test that failed."""
     scratch = folder / "tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     stuck = ["-o", f"faulthandler_timeout={STUCK}", "-o", "faulthandler_exit_on_timeout=true"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *stuck]
-    command += ["-m", "slow" if slow else "not slow", f"--basetemp={scratch / 'pytest'}", *tests]
+    command += ["-m", marks, f"--basetemp={scratch / 'pytest'}", *tests]
     own = {"PYTHONPATH": str(folder), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     own |= {"PYTHONDONTWRITEBYTECODE": "1"}  # a mutant as long as another would be taken for it
     with (scratch / "output").open("w+", errors="replace") as output:  # no pipe: children may outlive pytest
@@ -258,13 +259,22 @@ def clean_seconds(base: Path, tests: tuple[str, ...]) -> list[float | None]:
     Raises Refused if one fails.
     """
     seconds: list[float | None] = []
-    for slow in (False, True):
+    for marks in MARKS:
         started = time.perf_counter()
-        code, test = run_tests(base, tests, slow, 3600)
+        code, test = run_tests(base, tests, marks, 3600)
         if code not in (0, 5):
             raise Refused(f"without a mutant the tests fail (pytest's exit code is {code}): {test}", 1)
         seconds.append(time.perf_counter() - started if code == 0 else None)
     return seconds
+
+
+def phases(mutant: Mutant, tests: tuple[str, ...], clean: list[float | None]) -> Iterator[tuple]:
+    """Marks, files and time limit of each run of pytest: the likely file first, and what is slow last."""
+    limits = [max(STUCK, 5 * seconds) if seconds is not None else None for seconds in clean]
+    for start, name in LIKELY.items():
+        if mutant.name.startswith(start):
+            yield "slow or not slow", (f"tests/test_{name}.py",), sum(limit or 0 for limit in limits)
+    yield from ((marks, tests, limit) for marks, limit in zip(MARKS, limits, strict=True) if limit)
 
 
 def outcome_of(folder: Path, mutant: Mutant, tests: tuple[str, ...], clean: list[float | None]) -> dict:
@@ -273,9 +283,9 @@ def outcome_of(folder: Path, mutant: Mutant, tests: tuple[str, ...], clean: list
     source, outcome, test = path.read_text(encoding="utf-8"), "survived", ""
     path.write_text(mutant.source, encoding="utf-8")
     try:
-        for slow, seconds in enumerate(clean):
-            if seconds is not None and outcome == "survived":
-                code, test = run_tests(folder, tests, bool(slow), max(STUCK, 5 * seconds))
+        for marks, files, limit in phases(mutant, tests, clean):
+            if outcome == "survived":
+                code, test = run_tests(folder, files, marks, limit)
                 outcome = "timeout" if code == -1 else OUTCOMES.get(code, "broken")
     finally:
         path.write_text(source, encoding="utf-8")
@@ -417,6 +427,7 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        Path(name).chmod(0o755)  # another user, PostgreSQL's, must get through
         try:
             execute(Path(name) / "base", arguments)
         except Refused as refused:
