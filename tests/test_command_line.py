@@ -41,6 +41,7 @@ def test_files_of_a_run(trained, capsys):
     assert [path.name for path in trained.glob(".*")] == [".noprop_run.lock"]
     assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt")]) == 0
     assert f"Test accuracy {summary['test_accuracy']:.2f} ±" in capsys.readouterr().out
+    assert f"{summary['test_accuracy']:.2f}" != f"{summary['val_accuracy']:.2f}"  # else this shows nothing
 
 
 def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):

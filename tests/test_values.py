@@ -263,10 +263,12 @@ def invented(accuracies: list[float], **changes) -> noprop.State:
         ([99.0, 99.6, 99.52, 99.4], {"select": "last"}, 4),
     ],
 )
-def test_which_epochs_weights_are_kept(accuracies, changes, selected):
+def test_which_epochs_weights_are_kept(accuracies, changes, selected, tmp_path):
+    """And are those of the network that a checkpoint holds."""
     state = invented(accuracies, **changes)
     assert state.selected_epoch == selected
-    assert torch.equal(state.selected["classifier.bias"], torch.full((10,), float(selected)))
+    state.save(path := tmp_path / "noprop_hybrid.pt", "")
+    assert torch.equal(noprop.load(path).classifier.bias, torch.full((10,), float(selected)))
 
 
 def test_standard_error():
