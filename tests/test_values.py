@@ -1,5 +1,7 @@
 """What decides a result, each against its own value: rates, draws, orders, averages, choices, pictures."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -269,6 +271,18 @@ def test_which_epochs_weights_are_kept(accuracies, changes, selected, tmp_path):
     assert state.selected_epoch == selected
     state.save(path := tmp_path / "noprop_hybrid.pt", "")
     assert torch.equal(noprop.load(path).classifier.bias, torch.full((10,), float(selected)))
+
+
+def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
+    """And not of the average as the last epoch left it."""
+    state = noprop.State(noprop.Config(num_blocks=1))
+    kept = noprop.build(noprop.Config(num_blocks=1, seed=7)).eval()
+    answers = kept.predict(small_data.test.images)
+    data = small_data._replace(test=small_data.test._replace(labels=answers))  # only its own are all right
+    state.selected, state.selected_epoch = kept.state_dict(), 1
+    assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
+    assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["test_accuracy"] == 100
+    assert noprop.evaluate(state.averaged, data.test, state.config)["accuracy"][-1] < 100
 
 
 def test_standard_error():
