@@ -266,11 +266,16 @@ def invented(accuracies: list[float], **changes) -> noprop.State:
     ],
 )
 def test_which_epochs_weights_are_kept(accuracies, changes, selected, tmp_path):
-    """And are those of the network that a checkpoint holds."""
+    """And are those of the network that a checkpoint holds, and kept where that is gone on with."""
     state = invented(accuracies, **changes)
     assert state.selected_epoch == selected
     state.save(path := tmp_path / "noprop_hybrid.pt", "")
     assert torch.equal(noprop.load(path).classifier.bias, torch.full((10,), float(selected)))
+    content, again = noprop.read_checkpoint(path), noprop.State(state.config)
+    again.load_state_dict(content["training"], content["model"])
+    assert again.selected_epoch == selected and again.history == state.history
+    assert torch.equal(again.selected["classifier.bias"], torch.full((10,), float(selected)))
+    assert torch.equal(again.averaged.classifier.bias, torch.full((10,), float(len(accuracies))))
 
 
 def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
