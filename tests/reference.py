@@ -98,12 +98,14 @@ class Trainer:
         """One step of all parts, on images x, labels y and the draws of blocks 1 ... T."""
         W, gradient = self.parts[-1]["weight"], 0
         if self.objective == "backprop":
-            self.chain(x, y, W.detach()).backward()
+            own = W.detach().clone().requires_grad_()
+            self.chain(x, y, own).backward()
+            gradient = own.grad  # None where no block reads W
         for t in range(1, T + 1) if self.objective != "backprop" else ():
             own = W.detach().clone().requires_grad_()
             self.losses(t, x, y, own, eps[t - 1], eps_T).backward()
             gradient = gradient + own.grad
-        if self.learned and self.objective != "backprop":
+        if self.learned:
             W.grad = gradient
         for part, average, optimizer in zip(self.parts, self.averages, self.optimizers, strict=True):
             learn = optimizer.param_groups[0]["params"]

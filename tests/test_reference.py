@@ -35,11 +35,12 @@ def states(embedding: str) -> dict[str, noprop.State]:
         "hybrid, classes": LabState(LabConfig(**SETTINGS, **weights, target="classes")),
         "dt": LabState(dt),
         "backprop": LabState(BackpropConfig(**SETTINGS, embedding=embedding)),
+        "backprop, classes": LabState(BackpropConfig(**SETTINGS, embedding=embedding, target="classes")),
     }
 
 
 @pytest.mark.parametrize("embedding", ["learned", "fixed"])
-@pytest.mark.parametrize("name", ["hybrid", "hybrid, classes", "dt", "backprop"])
+@pytest.mark.parametrize("name", ["hybrid", "hybrid, classes", "dt", "backprop", "backprop, classes"])
 def test_three_steps_are_those_of_the_equations(name, embedding, data):
     """Weights, averages, batch-norm statistics, embedding; the clip, both decays and the row norms act."""
     state = states(embedding)[name]
@@ -65,4 +66,4 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
                 if not key.endswith("num_batches_tracked"):
                     torch.testing.assert_close(x, own[key].detach(), rtol=1e-10, atol=1e-10, msg=key)
     rows = state.model.label_embedding.weight.norm(dim=1)
-    assert (rows <= reference.MAX_NORM + 1e-12).all() == (embedding == "learned" and name != "backprop")
+    assert (rows <= reference.MAX_NORM + 1e-12).all() == (learned and name != "backprop")

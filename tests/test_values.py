@@ -9,6 +9,8 @@ from conftest import CPU, TINY, noprop
 from PIL import Image
 from torch import nn
 
+from noprop_lab.__main__ import step_of
+from noprop_lab.backprop import BackpropConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.networks import LabState
 
@@ -87,11 +89,12 @@ def test_the_seed_decides_the_weights_of_each_part():
     assert not torch.equal(one["blocks.0.head.0.weight"], one["blocks.1.head.0.weight"])
 
 
-def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(small_data):
+@pytest.mark.parametrize("kind", [DTConfig, BackpropConfig])
+def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(kind, small_data):
     """Of the paper's block, in training, what its dropout layers draw."""
     masks = []
     for _ in range(2):
-        state, seen = LabState(DTConfig(num_blocks=2, block="paper"), CPU, small_data), []
+        state, seen = LabState(kind(num_blocks=2, block="paper"), CPU, small_data), []
         for block in state.model.blocks:
             for layer in block.image:
                 if type(layer).__name__ == "Dropout":
@@ -100,7 +103,7 @@ def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(small_data):
                     )
         image, label = noprop.to_float(small_data.train.images[:16]), small_data.train.labels[:16]
         for state.step in range(2):
-            noprop.train_step(state, image, label, 1e-3)
+            step_of(state.config)(state, image, label, 1e-3)
         masks.append([x.detach().numpy().tobytes() for x in seen])
     assert masks[0] == masks[1] and len(set(masks[0])) == 2 * 2 * 3
 
