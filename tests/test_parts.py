@@ -25,7 +25,7 @@ def parts(tmp_path_factory) -> Path:
     """Three blocks, each trained alone, and in "whole" the same three trained together, by the script."""
     folder = tmp_path_factory.mktemp("parts")
     with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
-        for name in ("1", "2", "3"):
+        for name in ("1", "2", "3", "1,3"):
             assert lab.main(["train", *flags_of(folder / name, FIXED, f"--blocks={name}")]) == 0
         assert noprop.main(flags_of(folder / "whole", FIXED, "--select=last")) == 0
     return folder
@@ -35,9 +35,10 @@ def merge(*files: Path, into: Path) -> int:
     return lab.main(["merge", *(str(x / "noprop_hybrid.pt") for x in files), f"--output-dir={into}"])
 
 
-def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path):
+@pytest.mark.parametrize("names", [("1", "3", "2"), ("2", "1,3")])
+def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path, names):
     assert [x.name for x in (parts / "2").glob("[!.]*")] == ["noprop_hybrid.pt"]
-    assert merge(*(parts / name for name in ("1", "3", "2")), into=tmp_path) == 0
+    assert merge(*(parts / name for name in names), into=tmp_path) == 0
     merged, whole = checkpoint(tmp_path), checkpoint(parts / "whole")
     assert same(merged["model"], whole["model"]) and merged["config"] == whole["config"]
     for name in ("blocks.0", "blocks.1", "blocks.2", "classifier"):
