@@ -571,11 +571,7 @@ class State:
         self.model = model or build(config, device)
         self.averaged = copy.deepcopy(self.model).eval()
         self.blocks = list(range(1, config.num_blocks + 1))  # those that are trained here
-        self.parts, self.tensors, self.holders = (
-            {},
-            {},
-            {},
-        )  # by name: vector; averaged, own; what has a state
+        self.parts, self.tensors, self.holders = {}, {}, {}  # by name: vector; what is averaged; has a state
         for name, module in self.model.parts().items():
             both = self.averaged.get_submodule(name), module
             averaged, vector = (flatten(x) for x in both)
@@ -1066,12 +1062,9 @@ def finish(state: State, data: Data, options: Options, started: float) -> int:
         val, test = (evaluate(model, split, config, parallel) for split in (data.val, data.test))
         chain, images, seconds = test["accuracy"], len(data.test.labels), time.perf_counter() - started
         summary = {"objective": config.objective, "config": config.saved(), "epochs": len(state.history)}
-        summary |= {
-            "versions": made_with(state.device),
-            "finished": state.finished(),
-            "seconds": state.seconds,
-        }
-        summary |= {"seconds_total": seconds, "selected_epoch": state.selected_epoch, "test_images": images}
+        summary |= {"versions": made_with(state.device), "finished": state.finished()}
+        summary |= {"seconds": state.seconds, "seconds_total": seconds}
+        summary |= {"selected_epoch": state.selected_epoch, "test_images": images}
         summary |= {"val_accuracy": val["accuracy"][-1], "test_accuracy": chain[-1], "history": state.history}
         summary |= {"test_accuracy_by_blocks": chain, "test_accuracy_average": test["average"]}
         files = [options.output_dir / name.format(config.objective) for name in OUTPUTS]
@@ -1227,20 +1220,19 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
 # --- Main --------------------------------------------------------------------------------------------------
 
-MOVED = ["objective", "dataset", "image-size", "classes", "classify", "blocks", "embedding-from", "merge"]
-MOVED += ["preset paper", "block paper", "embedding onehot", "embedding prototype"]
+# Flags that are the lab's, by its command.
+TRAIN = ["objective", "dataset", "image-size", "classes", "classify", "blocks", "embedding-from", "merge"]
+TRAIN += ["preset paper", "block paper", "embedding onehot", "embedding prototype"]
 SEARCH = ["hpo-storage", "hpo-timeout", "hpo-objective", "hpo-final-run", "no-hpo-final-run"]
-MOVED = (
-    dict.fromkeys(MOVED, "train") | dict.fromkeys(SEARCH, "search") | {"early-exit": "evaluate"}
-)  # to the lab
+MOVED = dict.fromkeys(TRAIN, "train") | dict.fromkeys(SEARCH, "search") | {"early-exit": "evaluate"}
 COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 
 
-def start_of(options: Options, kind: type[Config] = Config) -> Config:
+def start_of(options: Options) -> Config:
     """The config that flags change: the settings of --config over those of --preset. Raises Failure."""
     try:
         content = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
-        return getattr(kind, options.preset, kind)(**content.get("config", content))
+        return getattr(Config, options.preset, Config)(**content.get("config", content))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
 
@@ -1273,8 +1265,9 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
         command = make_dataclass("Command", (("config", Config), ("options", Options)))
         parse(command(Config(), Options()), ["--help"], description="NoProp on MNIST, see README.md.")
     words = [x for argument in arguments for x in argument.split("=", 1)]
+    text = " ".join([*words, ""]).replace("_", "-")
     for flag, command in MOVED.items():
-        if f"--{flag} " in " ".join([*words, ""]).replace("_", "-"):
+        if f"--{flag} " in text:
             command = next((COMMANDS[x] for x in words if x in COMMANDS), command)
             rest = shlex.join(x for x in words if x not in COMMANDS)
             raise Failure(f"--{flag} is in the lab: python -m noprop_lab {command} {rest}")
