@@ -80,7 +80,8 @@ def generator(*address: int | str) -> torch.Generator:
 
 def send(draws: Tensor, device: torch.device) -> Tensor:
     """CPU draws on the device. A GPU takes pinned memory: a plain copy would wait for all its work."""
-    return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)
+    pinned = draws.pin_memory() if device.type == "cuda" and draws.is_cpu else draws
+    return pinned.to(device, non_blocking=True)
 
 
 @contextmanager
@@ -108,12 +109,11 @@ def reverse_steps(alpha_bar: Tensor, equal_weights: bool = False) -> list[tuple[
     """ᾱ_{t-1} and the a, b, c of z_t = a û_t + b z_{t-1} + τ √c ξ for each block t, from alpha_bar (T+1,).
 
     DDPM posterior (arXiv 2006.11239, eq. 7), which is equation 3 of NoProp.
-    Identities: a + b √ᾱ_{t-1} = √ᾱ_t and b² (1-ᾱ_{t-1}) + c = 1-ᾱ_t.
+    Identities: a + b √ᾱ_{t-1} = √ᾱ_t; and for DDPM's weights b² (1-ᾱ_{t-1}) + c = 1-ᾱ_t, of the noise.
 
     The first says that z_t/√ᾱ_t is a running mean: û_t enters with weight w, what was before it with 1-w.
     DDPM's w is 1 - SNR_{t-1}/SNR_t, SNR = ᾱ/(1-ᾱ): an early û, from a noisier z, counts for little. But at
     τ = 0 z holds no noise, and every block sees the image: equal_weights makes it the plain mean, w = 1/t.
-    (The second identity is about noise, and holds for DDPM's weights.)
     """
     before, after = alpha_bar[:-1], alpha_bar[1:]
     alpha = before / after

@@ -4,10 +4,13 @@
     python benchmarks/mutants.py bugs --only resume     one kind, and of it those with a word in their name
     python benchmarks/mutants.py operators --list       what would be planted
 
-Plants each in a temporary copy of the project, and runs there the tests that could notice it, up to the first
-failure. What is known is kept in runs/mutants.jsonl below the current folder, so that a stopped call goes on;
-where sources or tests have changed, all begins anew. A timeout counts as killed; what can't be imported, or
-ends pytest itself, counts as neither.
+Plants each in a temporary copy of the project, and runs there the tests that reach its line, quick ones
+first, up to the first failure, and of those that would take longer than BUDGET together only the first. What
+each test reaches is found out before, under coverage.py. What is known is kept in runs/mutants.jsonl, below
+the current folder, so that a stopped call goes on; where sources or tests have changed, all begins anew. A
+timeout counts as killed; what can't be imported, or ends pytest itself, counts as neither.
+
+Needs, beside requirements-dev.txt: pip install "cosmic-ray>=8.7,<9" "pytest-cov>=6,<8"
 """
 
 import argparse
@@ -33,6 +36,7 @@ from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 from bugs import BUGS, LAB, LIKELY, SCRIPT
 
@@ -49,18 +53,9 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
     "Search": "search",
 }
 MUTATED = (SCRIPT, f"{LAB}/dt.py", f"{LAB}/backprop.py", f"{LAB}/early_exit.py")
-ORDER = "mathematics reference values properties isolation training objectives reliability command_line"
-ORDER += " search parts parallel lab_commands datasets search_workers"
-TESTS = {  # that could notice a mutant of the file, in the order in which they run; the others: all
-    f"{LAB}/dt.py": "reference values objectives lab_commands parts parallel datasets",
-    f"{LAB}/backprop.py": "reference values objectives lab_commands",
-    f"{LAB}/early_exit.py": "objectives lab_commands",
-    f"{LAB}/parts.py": "parts parallel lab_commands",
-    f"{LAB}/parallel.py": "parallel parts lab_commands",
-}
+BUDGET = 90  # seconds, without a mutant, of the tests that are run for one
 STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
 POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
-MARKS = ("not slow", "slow")
 OUTCOMES = {0: "survived", 1: "killed", 5: "survived"}  # 5: pytest has found no test
 NOTES = ("annotation", "returns")  # of nodes of ast
 running: set[subprocess.Popen] = set()
@@ -169,7 +164,7 @@ def sampled(base: Path, size: int, seed: int) -> list[Mutant]:
     try:
         found = strata(base)
     except ModuleNotFoundError as error:
-        raise Refused(f"operators need cosmic-ray ({error}): pip install cosmic-ray", 1) from error
+        raise Refused(f"{error}: pip install 'cosmic-ray>=8.7,<9'", 1) from error
     mutants, left = [], size
     for number, (stratum, changes) in enumerate(sorted(found.items(), key=lambda x: len(x[1]))):
         changes = random.Random(f"{seed} {stratum}").sample(changes, len(changes))
@@ -212,27 +207,21 @@ def copy_project(folder: Path) -> None:
     (folder / "data").symlink_to(ROOT / "data", target_is_directory=True)
 
 
-def tests_of(base: Path, file: str) -> tuple[str, ...]:
-    """The test files that could notice a mutant of a file, in the order in which they run."""
-    there = sorted(path.stem.removeprefix("test_") for path in (base / "tests").glob("test_*.py"))
-    names = TESTS[file].split() if file in TESTS else dict.fromkeys([*ORDER.split(), *there])
-    return tuple(f"tests/test_{name}.py" for name in names if name in there)
-
-
 def end(process: subprocess.Popen) -> None:
     """Kill what a run of pytest has left of its own processes."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_tests(folder: Path, tests: tuple[str, ...], marks: str, limit: float) -> tuple[int, str]:
+def run_tests(folder: Path, tests: list[str], limit: float, *flags: str) -> tuple[int, str]:
     """Exit code of pytest up to the first failure, -1 for a timeout; and the test that failed."""
     scratch = folder / "tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
+    (scratch / "tests").write_text("\n".join(tests), encoding="utf-8")
     stuck = ["-o", f"faulthandler_timeout={STUCK}", "-o", "faulthandler_exit_on_timeout=true"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *stuck]
-    command += ["-m", marks, f"--basetemp={scratch / 'pytest'}", *tests]
+    command += [f"--basetemp={scratch / 'pytest'}", *flags, f"@{scratch / 'tests'}"]
     own = {"PYTHONPATH": str(folder), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     own |= {"PYTHONDONTWRITEBYTECODE": "1"}  # a mutant as long as another would be taken for it
     with (scratch / "output").open("w+", errors="replace") as output:  # no pipe: children may outlive pytest
@@ -253,42 +242,62 @@ def run_tests(folder: Path, tests: tuple[str, ...], marks: str, limit: float) ->
     return -1 if re.search(r"^Timeout \(", text, re.MULTILINE) else code, failed[1] if failed else ""
 
 
-def clean_seconds(base: Path, tests: tuple[str, ...]) -> list[float | None]:
-    """How long the tests take without a mutant: those that are not slow, the slow; None where there are none.
+def reach_of(base: Path, jobs: int) -> dict[str, Any]:
+    """Seconds of each test without a mutant, and which tests run each line of each file. Raises Refused."""
+    from coverage import CoverageData
 
-    Raises Refused if one fails.
+    report = base / "report.xml"
+    flags = [f"--cov={x.removesuffix('.py')}" for x in (SCRIPT, LAB)] + [
+        "--cov-context=test",
+        "--cov-report=",
+    ]
+    flags += ["-n", str(jobs), "--dist", "loadfile", f"--junitxml={report}"]
+    code, test = run_tests(base, ["tests"], 3600, *flags)
+    if code != 0:
+        raise Refused(f"without a mutant the tests fail (pytest's exit code is {code}): {test}", 1)
+    seconds = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+        seconds[name] = float(case.get("time"))
+    (data := CoverageData(str(base / ".coverage"))).read()
+    lines = {}
+    for file in data.measured_files():
+        tests = {n: {x.split("|")[0] for x in found} for n, found in data.contexts_by_lineno(file).items()}
+        lines[os.path.relpath(file, base)] = {n: sorted(found & seconds.keys()) for n, found in tests.items()}
+    return {"seconds": seconds, "lines": lines}
+
+
+def statement(source: str, line: int) -> int:
+    """First line of the innermost statement that a line belongs to."""
+    around = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.stmt)]
+    return max((x.lineno for x in around if x.lineno <= line <= x.end_lineno), default=line)
+
+
+def tests_of(base: Path, mutant: Mutant, reach: dict[str, Any]) -> list[str]:
+    """The tests that could notice a mutant: the likely file's first, then quick ones, as far as BUDGET goes.
+
+    A line that no test runs by itself, such as the default of a setting, is read when the file is imported,
+    and all tests could notice it.
     """
-    seconds: list[float | None] = []
-    for marks in MARKS:
-        started = time.perf_counter()
-        code, test = run_tests(base, tests, marks, 3600)
-        if code not in (0, 5):
-            raise Refused(f"without a mutant the tests fail (pytest's exit code is {code}): {test}", 1)
-        seconds.append(time.perf_counter() - started if code == 0 else None)
-    return seconds
+    line = statement((base / mutant.file).read_text(encoding="utf-8"), mutant.line)
+    tests = reach["lines"].get(mutant.file, {}).get(str(line)) or reach["seconds"]
+    likely = [f"tests/test_{name}.py" for start, name in LIKELY.items() if mutant.name.startswith(start)]
+    first = [x for x in reach["seconds"] if x.split("::")[0] in likely]
+    rest = sorted(set(tests) - set(first), key=lambda x: (reach["seconds"][x], x))
+    spent = accumulate(reach["seconds"][x] for x in rest)
+    return first + [x for x, after in zip(rest, spent, strict=True) if after <= BUDGET]
 
 
-def phases(mutant: Mutant, tests: tuple[str, ...], clean: list[float | None]) -> Iterator[tuple]:
-    """Marks, files and time limit of each run of pytest: the likely file first, and what is slow last."""
-    limits = [max(STUCK, 5 * seconds) if seconds is not None else None for seconds in clean]
-    for start, name in LIKELY.items():
-        if mutant.name.startswith(start):
-            yield "slow or not slow", (f"tests/test_{name}.py",), sum(limit or 0 for limit in limits)
-    yield from ((marks, tests, limit) for marks, limit in zip(MARKS, limits, strict=True) if limit)
-
-
-def outcome_of(folder: Path, mutant: Mutant, tests: tuple[str, ...], clean: list[float | None]) -> dict:
+def outcome_of(folder: Path, mutant: Mutant, tests: list[str], seconds: float) -> dict:
     """Plant a mutant in a copy, run the tests, take it out: whether it was killed, and by which test."""
     path, started = folder / mutant.file, time.perf_counter()
-    source, outcome, test = path.read_text(encoding="utf-8"), "survived", ""
+    source = path.read_text(encoding="utf-8")
     path.write_text(mutant.source, encoding="utf-8")
     try:
-        for marks, files, limit in phases(mutant, tests, clean):
-            if outcome == "survived":
-                code, test = run_tests(folder, files, marks, limit)
-                outcome = "timeout" if code == -1 else OUTCOMES.get(code, "broken")
+        code, test = run_tests(folder, tests, max(STUCK, 5 * seconds))
     finally:
         path.write_text(source, encoding="utf-8")
+    outcome = "timeout" if code == -1 else OUTCOMES.get(code, "broken")
     return {"outcome": outcome, "test": test, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -327,26 +336,23 @@ def keep(entry: dict) -> dict:
 def try_all(base: Path, mutants: list[Mutant], jobs: int) -> list[dict]:
     """The result of each mutant, from the file or by running the tests."""
     project, old = project_digest(base), known()
-    keys = [digest(project, x.kind, x.name, x.file, x.source, tests_of(base, x.file)) for x in mutants]
+    keys = [digest(project, BUDGET, x.kind, x.name, x.file, x.source) for x in mutants]
     missing = [(key, mutant) for key, mutant in zip(keys, mutants, strict=True) if key not in old]
-    clean = {}
-    for tests in dict.fromkeys(tests_of(base, mutant.file) for _, mutant in missing):
-        key = digest(project, "clean", tests)
-        if key not in old:
-            print(f"without a mutant: {' '.join(tests)}", file=sys.stderr)
-            old[key] = keep({"key": key, "clean": clean_seconds(base, tests)})
-        clean[tests] = old[key]["clean"]
-    folders: queue.Queue[Path] = queue.Queue()
+    if missing and digest(project, "reach") not in old:
+        print("All tests, without a mutant, to learn what they reach: some minutes.", file=sys.stderr)
+        keep({"key": digest(project, "reach")} | reach_of(base, jobs))
+        old = known()
+    reach, folders = old.get(digest(project, "reach")), queue.Queue()
     for number in range(jobs):
         shutil.copytree(base, base.parent / str(number), symlinks=True, ignore=shutil.ignore_patterns("tmp"))
         folders.put(base.parent / str(number))
 
     def job(key: str, mutant: Mutant) -> dict:
-        folder, tests = folders.get(), tests_of(base, mutant.file)
-        found = outcome_of(folder, mutant, tests, clean[tests])
+        folder, tests = folders.get(), tests_of(base, mutant, reach)
+        found = outcome_of(folder, mutant, tests, sum(reach["seconds"][x] for x in tests))
         folders.put(folder)
         about = {"kind": mutant.kind, "name": mutant.name, "stratum": mutant.stratum, "file": mutant.file}
-        about |= {"line": mutant.line, "diff": difference(base, mutant)}
+        about |= {"line": mutant.line, "diff": difference(base, mutant), "tests": len(tests)}
         return {"key": key} | about | found
 
     for entry in in_parallel(job, missing, jobs):

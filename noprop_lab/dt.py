@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -128,7 +129,14 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * (self.draw(x.shape, torch.rand) >= self.p) / (1 - self.p)
+        return x * (self.draw(x.shape, partial(uniform, x.device)) >= self.p) / (1 - self.p)
+
+
+def uniform(device: torch.device, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1), which a GPU draws itself: a run has so many that one CPU thread takes hours."""
+    if device.type == "cuda":
+        generator = torch.Generator(device).manual_seed(generator.initial_seed())
+    return torch.rand(shape, generator=generator, device=generator.device)
 
 
 def seed_dropout(block: nn.Module, draw) -> None:
@@ -181,5 +189,6 @@ def prototypes(split: Split, classes: int) -> Tensor:
         images = to_float(split.images[split.labels == label]).flatten(1)
         if not len(images):
             raise Failure(f"--embedding prototype needs images of each class: class {label} has none")
-        chosen.append(images[torch.cdist(images, images).median(1).values.argmin()])
+        medians = torch.cdist(images, images).sort(1).values[:, (len(images) - 1) // 2]  # CUDA's median
+        chosen.append(images[medians.argmin()])  # is not deterministic
     return torch.stack(chosen)

@@ -93,6 +93,7 @@ def pick_device(options: Options) -> torch.device:
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
             raise Failure(f"there are {gpus} GPUs: start so many processes at most, or add --device cpu")
         options = replace(options, device=f"cuda:{number}")
+        torch.cuda.set_device(number)  # NCCL would take the first GPU for objects
     return noprop.pick_device(options)
 
 

@@ -1,0 +1,65 @@
+"""The steps on a device other than the CPU, without one: torch's "meta" device computes shapes only.
+
+A tensor that stays on the CPU is refused there as on a GPU, and so is whatever makes the CPU wait for a
+value, such as item(). What this can't see: numbers, memory, speed.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+import noprop_example as noprop
+from noprop_lab import backprop
+from noprop_lab.dt import DTConfig
+from noprop_lab.early_exit import early_exit
+from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
+
+META = torch.device("meta")
+SIZES = {"num_blocks": 3, "batch_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """torch.autocast knows no meta device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def script_state(**changes) -> noprop.State:
+    return noprop.State(noprop.Config(**SIZES | changes), META)
+
+
+STATES = {
+    "hybrid": script_state,
+    "classes": lambda: script_state(target="classes", weights="ddpm", temperature=1.0),
+    "reference": lambda: noprop.State(noprop.Config.reference(**SIZES), META),
+    "lab": lambda: LabState(LabConfig(**SIZES), META),
+    "dt": lambda: LabState(DTConfig.paper(**SIZES), META),
+    "backprop": lambda: LabState(backprop.BackpropConfig(**SIZES), META),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_no_tensor_is_left_behind_and_no_step_waits(name):
+    state = STATES[name]()
+    step = backprop.train_step if name == "backprop" else noprop.train_step
+    image, label = torch.rand(16, 1, 28, 28, device=META), torch.zeros(16, dtype=torch.int64, device=META)
+    image = noprop.augment(image, noprop.generator("augment"))
+    for _ in range(2):
+        results = step(state, image, label, 0.01)
+        assert {x.device for pair in results.values() for x in pair} == {META}
+        for part in state.parts:  # a resumed run
+            state.load_part_state(part, state.part_state(part))
+    model = state.averaged
+    assert model(image, state.config.temperature, noprop.generator("inference")).device == META
+    assert model.probabilities(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape == (5, 3, 10)
+
+
+def test_what_a_gpu_would_refuse_is_refused():
+    with pytest.raises(RuntimeError, match="expected device cpu"):
+        torch.rand(3) + torch.rand(3, device=META)
+    with pytest.raises(RuntimeError, match="item"):
+        torch.rand((), device=META).item()
+    with pytest.raises(RuntimeError):  # it decides for each image whether it goes on: it has to wait
+        early_exit(script_state().averaged, torch.zeros(5, 28, 28, dtype=torch.uint8), 0.9)
