@@ -250,10 +250,8 @@ def reach_of(base: Path, jobs: int) -> dict[str, Any]:
     from coverage import CoverageData
 
     report = base / "report.xml"
-    flags = [f"--cov={x.removesuffix('.py')}" for x in (SCRIPT, LAB)] + [
-        "--cov-context=test",
-        "--cov-report=",
-    ]
+    flags = [f"--cov={x.removesuffix('.py')}" for x in (SCRIPT, LAB)]
+    flags += ["--cov-context=test", "--cov-report="]
     flags += ["-n", str(jobs), "--dist", "loadfile", f"--junitxml={report}"]
     code, test = run_tests(base, ["tests"], 3600, *flags)
     if code not in (0, 1):
