@@ -97,7 +97,7 @@ def test_kill_9_loses_nothing(undisturbed, tmp_path):
     process.communicate()
     assert process.returncode == -9
     assert noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")["training"]["step"] < 12
-    subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=300)
     assert fingerprint(tmp_path) == undisturbed
 
 
