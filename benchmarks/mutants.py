@@ -53,7 +53,7 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
     "Search": "search",
 }
 MUTATED = (SCRIPT, f"{LAB}/dt.py", f"{LAB}/backprop.py", f"{LAB}/early_exit.py")
-BUDGET = 90  # seconds, without a mutant, of the tests that are run for one
+BUDGET = 60  # seconds, without a mutant, of the tests that are run for one
 STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
 POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
 OUTCOMES = {0: "survived", 1: "killed", 5: "survived"}  # 5: pytest has found no test
