@@ -1,4 +1,4 @@
-"""What NoProp-CT and NoProp-FM share: one network for all t, which moves z from noise (t = 0) to label (t = 1).
+"""What NoProp-CT and NoProp-FM share: one network for all t, which moves z from noise, at 0, to label, at 1.
 
 Here too nothing is learned through the steps of inference: each z in training is drawn at a t of its own.
 """
@@ -92,7 +92,7 @@ class FlowBlock(nn.Module):
         self.schedule = schedule
 
     def forward(self, code: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """f, (B, classes), of codes (B, C) or fewer, which are repeated; z (B, D); t (B,), or (1,) for all."""
+        """f, (B, classes), of codes, (B, C) or fewer and repeated, z (B, D), and t, (B,) or (1,) for all."""
         code, at = code.repeat(len(z) // len(code), 1), self.time(position(t)).expand(len(z), -1)
         return self.head(torch.cat([code, self.label(z), at], dim=1))
 
@@ -200,11 +200,13 @@ Files            {", ".join(x.name for x in files)} in {options.output_dir.resol
 def draw_progress(summary: dict[str, Any], schedule: nn.Module | None = None):
     """The script's picture, with accuracy by number of steps; a learned schedule, where there is one."""
     by_steps, images = summary["test_accuracy_by_steps"], summary["test_images"]
+    count = summary["config"]["steps"]
     figure = noprop.draw_progress(summary | {"test_accuracy_by_blocks": list(by_steps.values())})
-    _, steps, _, last = figure.axes
+    losses, steps, _, last = figure.axes
+    losses.lines[0].set_label("network")
     steps.clear()
     errors = [standard_error(x, images) for x in by_steps.values()]
-    label = f"test, selected weights ± standard error; at the end {list(by_steps.values())[-1]:.2f} %"
+    label = f"test, selected weights ± standard error; {summary['test_accuracy']:.2f} % after {count}"
     steps.errorbar(list(by_steps), list(by_steps.values()), errors, fmt="s-C1", ms=4, capsize=2, label=label)
     steps.set(title="Accuracy by number of steps", xlabel="steps of inference", xscale="log")
     steps.set_xticks(list(by_steps), [str(n) for n in by_steps], minor=False)
@@ -212,7 +214,7 @@ def draw_progress(summary: dict[str, Any], schedule: nn.Module | None = None):
     if schedule:
         last.clear()
         schedule.draw(last)
-    for axes in (steps, last):
+    for axes in (losses, steps, last):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure

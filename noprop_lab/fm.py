@@ -7,7 +7,6 @@ Inference follows dz/dt = v̂ from z_0 ~ τ N(0, I) to t = 1; the answer is the 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -162,7 +162,7 @@ class FlowTrainer(Trainer):
     blocks = 1
 
     def step(self, x: Tensor, y: Tensor, lr: float, u: Tensor, draws: dict[str, Tensor], sigma=0.0) -> None:
-        """One step on images x and labels y. u: the uniform numbers by which t is drawn, one for each draw."""
+        """One step on images x and labels y. u: the uniform numbers by which t is drawn, one a draw."""
         p, classifier = self.parts[:2]
         W = self.parts[-1]["weight"].detach().clone().requires_grad_()
         codes, n, total, ends = code(p, x), len(u), 0, []
