@@ -37,7 +37,8 @@ STEPS = (
 class FlowConfig(WholeConfig):
     """What decides the result; it is saved with the network. For one network at all t in [0, 1]."""
 
-    steps: int = 20  # of inference, from t = 0 to t = 1; may be others at each evaluation
+    epochs: int = 30  # passes over the training split
+    steps: int = 10  # of inference, from t = 0 to t = 1; may be others at each evaluation
     draws: int = 4  # values of t for each image of a step, which is encoded once for all of them
     solver: Literal["euler", "heun"] = "euler"  # of the differential equation that inference follows
     num_blocks: int = 1  # the one network
