@@ -19,18 +19,8 @@ from noprop_example import SIZES, DenoisingBlockPaper, NoProp, evaluate, mlp, sa
 from noprop_lab.dt import PaperBlock
 from noprop_lab.settings import WholeConfig
 
-STEPS = (
-    1,
-    2,
-    5,
-    10,
-    20,
-    50,
-    100,
-    200,
-    500,
-    1000,
-)  # numbers of steps that are measured, up to 100 or config.steps
+# Numbers of steps that are measured at the end of a run, up to 100 or config.steps.
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass(frozen=True)
@@ -172,16 +162,16 @@ def finish(state, data, options, started: float) -> int:
         val = evaluate(model, data.val, config, parallel)
         found = {n: evaluate(model.with_steps(n), data.test, config, parallel) for n in counts}
     by_steps, images = {n: x["accuracy"][-1] for n, x in found.items()}, len(data.test.labels)
-    accuracy, loss, total = (
-        by_steps[config.steps],
-        found[config.steps]["loss"][-1],
-        time.perf_counter() - started,
-    )
+    accuracy, total = by_steps[config.steps], time.perf_counter() - started
     summary = {"objective": config.objective, "config": config.saved(), "epochs": len(state.history)}
     summary |= {"versions": noprop.made_with(state.device), "finished": state.finished()}
     summary |= {"seconds": state.seconds, "seconds_total": total, "selected_epoch": state.selected_epoch}
     summary |= {"test_images": images, "val_accuracy": val["accuracy"][-1], "test_accuracy": accuracy}
-    summary |= {"test_loss": loss, "test_accuracy_by_steps": by_steps, "history": state.history}
+    summary |= {
+        "test_loss": found[config.steps]["loss"][-1],
+        "test_accuracy_by_steps": by_steps,
+        "history": state.history,
+    }
     schedule = model.blocks[0].schedule
     summary |= {"schedule": schedule.summary()} if schedule else {}
     files = [options.output_dir / name.format(config.objective) for name in noprop.OUTPUTS]
