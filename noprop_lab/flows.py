@@ -69,12 +69,8 @@ class FlowBlock(nn.Module):
     def __init__(self, image_shape, embed_dim, num_classes, target="classes", size="small", schedule=None):
         super().__init__()
         if size == "paper":
-            self.image, width, label, head = (
-                PaperBlock(image_shape, embed_dim, num_classes).image[:-1],
-                256,
-                256,
-                (256, 128),
-            )
+            self.image = PaperBlock(image_shape, embed_dim, num_classes).image[:-1]
+            width, label, head = 256, 256, (256, 128)
         else:
             self.image = DenoisingBlockPaper(image_shape, embed_dim, num_classes, SIZES[size]).image
             _, width, (label, *_), head = SIZES[size]
