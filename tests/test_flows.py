@@ -219,6 +219,19 @@ def test_the_field_of_k_embeddings_shows_the_order_and_ends_among_them(truth):
     assert nearest.amin(1).mean() / 10 == pytest.approx(sigma**2, rel=0.03)
 
 
+def test_a_chain_for_the_picture_has_the_levels_of_the_steps(truth):
+    """FM's z, t u + (1-t) z_0 where the label is known, is scaled so that u has the share √ᾱ in it."""
+    u, noise, schedule = truth
+    ct = knowing(CTConfig(steps=5), true_label, schedule).as_chain()
+    assert torch.equal(ct.alpha_bar, levels(schedule, 5).flatten())
+    fm = knowing(FMConfig(steps=5, sigma=0.0), lambda code, z, t: code).as_chain()
+    assert fm.alpha_bar[0] == 0 and fm.alpha_bar[-1] == pytest.approx(1 / 1.01)
+    z = noise / fm.sizes[0]
+    for step in range(1, 6):
+        z, t = fm.step(step, u - noise, z)[1], step / 5
+        torch.testing.assert_close(z, fm.alpha_bar[step].sqrt() * (u + (1 - t) / t * noise))
+
+
 # --- The network -------------------------------------------------------------------------------------------
 
 
