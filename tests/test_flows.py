@@ -99,6 +99,12 @@ def test_the_rise_of_the_snr_in_closed_form_is_that_of_autograd(double):
         torch.testing.assert_close(-slope * torch.exp(-gamma), by_autograd)
 
 
+def test_the_schedule_starts_where_the_settings_say():
+    schedule = build(CTConfig(alpha_bar_start=0.2, alpha_bar_end=0.7)).blocks[0].schedule
+    assert schedule.alpha_bar(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.7])
+    assert schedule.summary()["alpha_bar"][::4] == pytest.approx([0.2, 0.7])
+
+
 def test_t_is_drawn_once_in_each_part_of_the_interval():
     t = flows.stratified(lambda purpose, shape, kind: kind(shape), 64)
     assert torch.equal((t * 64).floor(), torch.arange(64.0))
@@ -403,7 +409,7 @@ def test_what_contradicts_a_checkpoint_is_one_line(capsys, tmp_path):
     paths = {kind: str(untrained(tmp_path, kind())) for kind in (CTConfig, FMConfig)}
     ct, fm = paths.values()
     refused(capsys, 2, ["evaluate", ct, "--objective=fm"], "--objective fm contradicts", "which has ct")
-    refused(capsys, 2, ["evaluate", ct, "--alpha-bar-end=0.9"], "contradicts", "0.999")
+    refused(capsys, 2, ["evaluate", ct, "--alpha-bar-end=0.99"], "contradicts", "0.9:")
     refused(capsys, 2, ["evaluate", fm, "--sigma=0.9"], "--sigma 0.9 contradicts")
     refused(capsys, 2, ["evaluate", fm, "--steps=0"], "steps must be at least 1")
     refused(capsys, 2, ["evaluate", fm, "--early-exit=0.5"], "--early-exit leaves a chain of blocks")
