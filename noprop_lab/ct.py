@@ -32,7 +32,7 @@ class CTConfig(FlowConfig):
     solver: Literal["posterior", "euler", "heun"] = "posterior"  # equation 3 (τ = 0: its mean); or the flow
     eta_loss_weight: float = 1.0  # η
     classify: Literal["u_hat", "z"] = "z"  # the classifier reads z_1
-    alpha_bar_start: float = 0.001  # ᾱ(0) before training: noise
+    alpha_bar_start: float = 0.05  # ᾱ(0) before training: noise
     alpha_bar_end: float = 0.9  # ᾱ(1) before training: label
 
     WITHOUT_EFFECT = (*FlowConfig.WITHOUT_EFFECT, "classify")
