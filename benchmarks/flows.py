@@ -4,9 +4,9 @@
     python benchmarks/flows.py fm --seeds 3 --dataset=fashion_mnist --data-root=DIR
 
 Beside each run: a plain network of the same encoder, trained by cross-entropy for as many epochs; and the
-trained network with one step; with z = 0 in place of z at every step; and with the z of another image from
-half-way on, judged by its own label and by the other's. Runs that are in runs/ below the current folder are
-not run again. Prints a Markdown table, keeps the values of every seed in benchmarks/results/flows-*.json.
+trained network with one step; with z = 0 in place of z at every step; and with another image's z from half-way
+on, or in the last step, judged by its own label and by the other's. Runs that are in runs/ below the current
+folder are not run again. Prints a Markdown table, keeps all seeds' values in benchmarks/results/flows-*.json.
 """
 
 import argparse
@@ -37,13 +37,13 @@ class Blind(nn.Module):
 
 
 @torch.inference_mode()
-def exchanged(model, split: noprop.Split) -> tuple[float, float]:
-    """Accuracy in percent where z is another image's from half-way on: by own label, by the other's."""
+def exchanged(model, split: noprop.Split, steps: int) -> tuple[float, float]:
+    """Accuracy in percent where z is another image's after so many steps: by own label, by the other's."""
     own = other = 0
     for image, label in zip(model.batches(split.images), split.labels.split(500), strict=True):
-        code, z, half = model.encode(image), model.start(image), model.config.steps // 2
+        code, z = model.encode(image), model.start(image)
         for t in range(1, model.config.steps + 1):
-            z = z.roll(1, 0) if t == half + 1 else z
+            z = z.roll(1, 0) if t == steps + 1 else z
             u_hat, z = model.step(t, code, z)
         answer = model.classify(u_hat, z).argmax(-1)
         own, other = own + (answer == label).sum().item(), other + (answer == label.roll(1)).sum().item()
@@ -56,8 +56,11 @@ def controls(model, split: noprop.Split) -> dict[str, float]:
     blind.blocks[0] = Blind(model.blocks[0])
     rows = {"one step": model.with_steps(1), "z = 0 at every step": blind}
     rows = {name: noprop.evaluate(x, split, model.config)["accuracy"][-1] for name, x in rows.items()}
-    own, other = exchanged(model, split)
-    return rows | {"z of another image from half-way on": own, "the same, by the other's label": other}
+    last = model.config.steps - 1
+    for when, steps in (("from half-way on", model.config.steps // 2), ("in the last step", last)):
+        own, other = exchanged(model, split, steps)
+        rows |= {f"another image's z {when}": own, f"another image's z {when}, by its label": other}
+    return rows
 
 
 def main() -> int:
@@ -90,7 +93,8 @@ def main() -> int:
     print(f"`{command}`: {len(seeds)} seeds, {results[0]['epochs']} epochs, {config.steps} steps\n")
     print("| test accuracy in %, mean ± standard error | |\n|---|---|")
     for title, values in rows.items():
-        print(f"| {title} | {mean(values, 0 if 'seconds' in title else 4 if 'log' in title else 2)} |")
+        cell = mean(values, 0 if "seconds" in title else 4 if "log" in title else 2)
+        print(f"| {title} | {cell.removesuffix(' ± nan')} |")
     kept = {"command": command, "seeds": list(seeds), "versions": results[0]["versions"]}
     kept |= {"config": results[0]["config"], "rows": rows}
     kept |= {"schedule": [x["schedule"] for x in results]} if "schedule" in results[0] else {}

@@ -198,6 +198,7 @@ def draw_progress(summary: dict[str, Any], schedule: nn.Module | None = None):
     steps.set(title="Accuracy by number of steps", xlabel="steps of inference", xscale="log")
     steps.set_xticks(list(by_steps), [str(n) for n in by_steps], minor=False)
     steps.minorticks_off()
+    steps.margins(y=0.3)
     if schedule:
         last.clear()
         schedule.draw(last)
