@@ -3,10 +3,11 @@
     python benchmarks/flows.py ct --seeds 3                 any flags of python -m noprop_lab train may follow
     python benchmarks/flows.py fm --seeds 3 --dataset=fashion_mnist --data-root=DIR
 
-Beside each run: a plain network of the same encoder, trained by cross-entropy for as many epochs; and the
-trained network with one step; with z = 0 in place of z at every step; and with another image's z from half-way
-on, or in the last step, judged by its own label and by the other's. Runs that are in runs/ below the current
-folder are not run again. Prints a Markdown table, keeps all seeds' values in benchmarks/results/flows-*.json.
+Beside each run: a plain network of the same encoder, trained by cross-entropy for as many epochs; the trained
+network with other numbers of steps, one among them; with z = 0 in place of z at every step; and with another
+image's z from half-way on, or in the last step, judged by its own label and by the other's. Runs that are in
+runs/ below the current folder are not run again. Prints a Markdown table, and keeps the values of every seed in
+benchmarks/results/flows-*.json.
 """
 
 import argparse
@@ -54,8 +55,7 @@ def controls(model, split: noprop.Split) -> dict[str, float]:
     """Accuracies in percent of a trained network, without what the name says."""
     blind = copy.deepcopy(model)
     blind.blocks[0] = Blind(model.blocks[0])
-    rows = {"one step": model.with_steps(1), "z = 0 at every step": blind}
-    rows = {name: noprop.evaluate(x, split, model.config)["accuracy"][-1] for name, x in rows.items()}
+    rows = {"z = 0 at every step": noprop.evaluate(blind, split, model.config)["accuracy"][-1]}
     last = model.config.steps - 1
     for when, steps in (("from half-way on", model.config.steps // 2), ("in the last step", last)):
         own, other = exchanged(model, split, steps)
@@ -85,7 +85,7 @@ def main() -> int:
     rows |= {"the same encoder by cross-entropy": [x["test_accuracy"] for x in twins]}
     rows |= {title: [x[title] for x in found] for title in found[0]}
     for n in results[0]["test_accuracy_by_steps"]:
-        rows[f"{n} steps"] = [x["test_accuracy_by_steps"][n] for x in results]
+        rows[f"steps of inference: {n}"] = [x["test_accuracy_by_steps"][n] for x in results]
     rows |= {"validation accuracy": [x["val_accuracy"] for x in results]}
     rows |= {"negative log-likelihood": [x["test_loss"] for x in results]}
     rows |= {"seconds of training": [x["seconds"] for x in results]}
