@@ -5,8 +5,8 @@
 
 Beside each run: a plain network of the same encoder, trained by cross-entropy for as many epochs; the trained
 network with other numbers of steps, one among them; with z = 0 in place of z at every step; and with another
-image's z from half-way on, or in the last step, judged by its own label and by the other's. Runs that are in
-runs/ below the current folder are not run again. Prints a Markdown table, and keeps the values of every seed in
+image's z from half-way on, or in the last step, judged by its own label and by the other's. Runs in runs/
+below the current folder are not run again. Prints a Markdown table, and keeps the values of every seed in
 benchmarks/results/flows-*.json.
 """
 
