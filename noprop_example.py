@@ -882,7 +882,7 @@ def draw_denoising(model: NoProp, test: Split):
     image, u, noise = to_float(test.images[chosen]), model.label_embedding.weight, generator("denoising")
     model, z = copy.copy(model), [model.start(image, 1.0, noise)]
     model.steps = reverse_steps(model.alpha_bar)  # DDPM's weights
-    for t in range(1, len(model.blocks) + 1):
+    for t in range(1, len(model.alpha_bar)):
         z.append(model.step(t, image, z[-1], 1.0, noise)[1])
     level = model.alpha_bar.float().to(u.device).view(-1, 1, 1)
     distance = (torch.stack(z, 1).unsqueeze(2) - level.sqrt() * u).square().sum(-1)  # (12, T+1, classes)

@@ -4,6 +4,9 @@ It imports the script, which never imports it. python -m noprop_lab --help names
 
     settings.py   Config and Options of the lab: the script's, and what it does not know
     dt.py         the paper's own objective, NoProp-DT, and its block
+    flows.py      what the next two share: one network for all t, its steps, its training, its pictures
+    ct.py         NoProp-CT, in continuous time, with a learned noise schedule
+    fm.py         NoProp-FM, flow matching
     backprop.py   the twin: the same chain, trained end to end
     networks.py   networks and states for these configs
     data.py       Fashion-MNIST, KMNIST, CIFAR, folders of pictures

@@ -17,14 +17,13 @@ from torch import Tensor
 
 import noprop_example as noprop
 from noprop_example import Failure, NoProp, say
-from noprop_lab import backprop, parallel, parts
+from noprop_lab import backprop, flows, parallel, parts
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
-from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint
 from noprop_lab.pictures import read_picture
-from noprop_lab.settings import SOURCES, LabConfig, LabOptions
+from noprop_lab.settings import SOURCES, LabConfig, LabOptions, WholeConfig
 
 USAGE = """usage: python -m noprop_lab COMMAND ...
 
@@ -98,8 +97,8 @@ def read_settings(path: Path | None) -> dict[str, Any]:
 def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfig:
     """The config that flags change: of an objective, a preset, a data set's own settings, a file."""
     kind = CONFIGS[options.named_objective or "hybrid"]
-    if options.preset == "paper" and kind is not DTConfig:
-        raise Failure("--preset paper is a setting of --objective dt")
+    if options.preset == "paper" and not hasattr(kind, "paper"):
+        raise Failure("--preset paper is a setting of --objective dt, ct or fm")
     given = read_settings(options.config)
     dataset = options.dataset or given.get("dataset", "mnist")
     try:
@@ -108,7 +107,7 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
             own = SOURCES[dataset].settings if dataset in SOURCES else {}
             own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
         settings = {name: x for name, x in own.items() if getattr(start, name) == getattr(plain, name)}
-        settings |= {"step_threads": options.threads} if kind is backprop.BackpropConfig else {}
+        settings |= {"step_threads": options.threads} if issubclass(kind, WholeConfig) else {}
         settings |= given | {"dataset": dataset}
         settings |= {"embedding": "fixed"} if options.embedding_from else {}
         settings |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
@@ -123,10 +122,10 @@ def over_checkpoint(options: LabOptions, content, path: Path, rest: list[str], a
     kind = options.named_objective or saved.objective
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
-    free = () if options.predict else ("temperature", "weights") if options.evaluate else ("epochs",)
+    free = () if options.predict else saved.FREE if options.evaluate else ("epochs",)
     chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
     implied = start_of(chosen, own={})  # what a data set brings was free to be another
-    if isinstance(saved, backprop.BackpropConfig):  # whose last bits depend on --threads
+    if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
         named = options.resume and "--threads" in given
         implied = replace(implied, step_threads=options.threads if named else saved.step_threads)
         if named and options.threads != saved.step_threads:
@@ -155,19 +154,26 @@ def train(
         raise Failure("--embedding-from freezes the embedding that it takes: leave --embedding out")
     embedding = embedding_from(options.embedding_from, config) if options.embedding_from else None
     data = load_data(config, options.data_root, device)
-    end = parts.end_of_part if config.blocks else noprop.finish
     _, size = parallel.rank_and_size()
     if size > 1:
-        if isinstance(config, backprop.BackpropConfig):
-            raise Failure("backprop trains all blocks as one network: start it without torchrun")
+        if isinstance(config, WholeConfig):
+            raise Failure(f"{config.objective} trains one network as a whole: start it without torchrun")
         state = parallel.SharedState(config, device, data, embedding)
-        return parallel.run(state, data, options, content, end)
+        return parallel.run(state, data, options, content, end_of(config))
     state = LabState(config, device, data, embedding)
-    return noprop.run(state, data, options, content, step_of(config), end=end)
+    return noprop.run(state, data, options, content, step_of(config), end=end_of(config))
 
 
 def step_of(config: LabConfig) -> Callable:
+    if isinstance(config, flows.FlowConfig):
+        return flows.train_step
     return backprop.train_step if isinstance(config, backprop.BackpropConfig) else noprop.train_step
+
+
+def end_of(config: LabConfig) -> Callable:
+    if isinstance(config, flows.FlowConfig):
+        return flows.finish
+    return parts.end_of_part if config.blocks else noprop.finish
 
 
 def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torch.device) -> int:
@@ -190,6 +196,8 @@ def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
     """Print the class of each picture file."""
 
     def probability(images: Tensor) -> Tensor:
+        if options.early_exit == 1:
+            return model.probabilities(images)[:, -1]
         return early_exit(model, images, options.early_exit)[0]
 
     names = config.classes or range(config.num_classes)
@@ -204,7 +212,7 @@ def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
         return LabState(config, device, data)
 
     def run(config: LabConfig, content: dict[str, Any] | None) -> int:
-        return noprop.run(new_state(config), data, options, content, step_of(config))
+        return noprop.run(new_state(config), data, options, content, step_of(config), end=end_of(config))
 
     return hpo.search(config, options, data, new_state, run, step_of(config))
 
@@ -239,6 +247,8 @@ def execute(arguments: list[str]) -> int:
             return train(config, options, content, device)
         if command == "search":
             return search(config, options, device)
+        if options.early_exit < 1 and isinstance(config, flows.FlowConfig):
+            raise Failure(f"--early-exit leaves a chain of blocks, and {config.objective} has none")
         model = network_of(content, checkpoint_of(options), device, config)
         return (
             evaluate(model, config, options, device)

@@ -12,24 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noprop_example import CPU, Failure, State, generator, send
+from noprop_example import Failure, State, generator, send
 from noprop_lab.dt import seed_dropout
-from noprop_lab.settings import LabConfig
+from noprop_lab.settings import WholeConfig
 
 
 @dataclass(frozen=True)
-class BackpropConfig(LabConfig):
+class BackpropConfig(WholeConfig):
     """What decides the result; it is saved with the network. For backpropagation through the chain."""
 
     objective: ClassVar[str] = "backprop"
-    step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
 
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.blocks or self.temperature or self.classify == "z":
-            raise Failure("backprop trains all blocks as one: leave out blocks, temperature, classify z")
+        if self.temperature or self.classify == "z":
+            raise Failure("backprop trains all blocks as one: leave out temperature, classify z")
 
 
 def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:
@@ -41,10 +40,8 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
             return send(kind(shape, generator=generator(config.seed, purpose, t, state.step)), image.device)
 
         seed_dropout(block, draw)
-    before, short = torch.get_num_threads(), config.precision == "bfloat16"
-    if image.device == CPU:  # blocks wait for each other: all cores on each of them
-        torch.set_num_threads(config.step_threads)
-    try:
+    short = config.precision == "bfloat16"
+    with config.threads_of_step(image.device):  # blocks wait for each other: all cores on each of them
         with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
             logits = model(image)[:, -1]
         loss = F.cross_entropy(logits.float() if short else logits, label)
@@ -52,6 +49,4 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
         through_w = config.target == "classes" and config.learns_embedding
         names = [name for name in state.parts if name != "label_embedding" or through_w]
         norms = {name: state.update(name, lr) for name in names}
-    finally:
-        torch.set_num_threads(before)
     return {name: (loss.detach() if name == "classifier" else zero, norm) for name, norm in norms.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,30 @@ from torch import Tensor, nn
 import noprop_example as noprop
 from noprop_example import CPU, Data, Failure, NoProp, State
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.ct import CT, CTConfig, CTFlow, NoiseSchedule
 from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, prototypes
+from noprop_lab.flows import FlowBlock, FlowConfig
+from noprop_lab.fm import FM, FMConfig, FMFlow
 from noprop_lab.settings import LabConfig
 
-CONFIGS = {kind.objective: kind for kind in (LabConfig, DTConfig, BackpropConfig)}
+CONFIGS = {kind.objective: kind for kind in (LabConfig, DTConfig, CTConfig, FMConfig, BackpropConfig)}
+OBJECTIVES = {DTConfig: DT, CTConfig: CT, FMConfig: FM}
 
 
 def objective_of(config: LabConfig):
     """The objective of blocks that are trained with this config; the twin's have none, and ignore it."""
-    if isinstance(config, DTConfig):
-        return DT(config)
+    if type(config) in OBJECTIVES:
+        return OBJECTIVES[type(config)](config)
     return LabHybrid(config.eta_loss_weight, config.lambda_global, config)
 
 
 def build(config: LabConfig, device=CPU, weights: dict[str, Tensor] | None = None) -> NoProp:
     """The network of a config, on the device: untrained, or with weights (a state dict), for inference."""
+    if isinstance(config, FlowConfig):
+        ct = isinstance(config, CTConfig)
+        schedule = NoiseSchedule(config.alpha_bar_start, config.alpha_bar_end) if ct else None
+        block = partial(FlowBlock, size=config.block, schedule=schedule)
+        return noprop.build(config, device, weights, block, CTFlow if ct else FMFlow)
     kind = ReadsZ if config.classify == "z" else NoProp
     return noprop.build(config, device, weights, PaperBlock if config.block == "paper" else None, kind)
 

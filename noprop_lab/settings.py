@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import tyro
 
 from noprop_example import Config, Failure, Options
@@ -47,6 +50,7 @@ class LabConfig(Config):
     blocks: tyro.conf.Suppress[str | None] = None
 
     WITHOUT_EFFECT = ()  # settings that the objective does not know
+    FREE = ("temperature", "weights")  # that each evaluation may change
 
     def __post_init__(self):
         """Raises Failure for what does not go together."""
@@ -114,11 +118,34 @@ class LabConfig(Config):
 
 
 @dataclass(frozen=True)
+class WholeConfig(LabConfig):
+    """For an objective that trains one network as a whole, on which all threads work at once."""
+
+    step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.blocks:
+            raise Failure(f"{self.objective} trains one network as a whole: leave out blocks")
+
+    @contextmanager
+    def threads_of_step(self, device: torch.device) -> Iterator[None]:
+        """On a CPU, let step_threads share what is inside."""
+        before = torch.get_num_threads()
+        if device.type == "cpu":
+            torch.set_num_threads(self.step_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
 class LabOptions(Options):
     """What to do, where and how."""
 
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
-    objective: Literal["hybrid", "dt", "backprop"] | None = None  # dt: the paper's; backprop: end to end
+    objective: Literal["hybrid", "dt", "ct", "fm", "backprop"] | None = None  # dt, ct, fm: the paper's
     dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
     blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for merge
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed

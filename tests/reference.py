@@ -13,6 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 T, ETA, LAMBDA = 3, 2.0, 1.0
 CLIP, DECAY, DECAY_W, MAX_NORM, AVERAGE = 0.05, 0.3, 0.2, 0.98, 0.998
 
+LEARNED = "weight", "bias", "gamma_0", "spread", ".w", ".v", ".b"  # the last five: of the noise schedule
+
 
 def level(t: int) -> float:
     """ᾱ_t."""
@@ -35,14 +37,18 @@ def normalized(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
     return (h - mean) / (variance + 1e-5).sqrt() * scale + shift
 
 
-def f(p: dict[str, Tensor], x: Tensor, z: Tensor) -> Tensor:
-    """The network in a small block, of weights p, for images x and noisy labels z."""
+def code(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What a small network, of weights p, makes of images x."""
     h = F.max_pool2d(F.conv2d(x, p["image.0.weight"], stride=2), 2, 2, ceil_mode=True)
     h = F.relu(normalized(h, p, "image.2"))
     h = F.relu(normalized(F.conv2d(h, p["image.4.weight"]), p, "image.5"))
     h = F.relu(normalized(F.conv2d(h, p["image.7.weight"]), p, "image.8"))
-    h = F.relu(normalized(h.flatten(1) @ p["image.11.weight"].T, p, "image.12"))
-    h = torch.cat([h, F.relu(z @ p["label.0.weight"].T + p["label.0.bias"])], 1)
+    return F.relu(normalized(h.flatten(1) @ p["image.11.weight"].T, p, "image.12"))
+
+
+def f(p: dict[str, Tensor], code: Tensor, z: Tensor, *more: Tensor) -> Tensor:
+    """The network in a small block, of weights p, for codes of images and noisy labels z; more: of t."""
+    h = torch.cat([code, F.relu(z @ p["label.0.weight"].T + p["label.0.bias"]), *more], 1)
     h = F.relu(h @ p["head.0.weight"].T + p["head.0.bias"])
     return h @ p["head.2.weight"].T + p["head.2.bias"]
 
@@ -50,20 +56,22 @@ def f(p: dict[str, Tensor], x: Tensor, z: Tensor) -> Tensor:
 class Trainer:
     """Blocks 1 ... T, classifier and W, each with an AdamW and an average of its own."""
 
+    blocks = T
+
     def __init__(self, weights: dict[str, Tensor], objective: str, learned: bool, classes: bool):
         self.objective, self.learned, self.classes, self.k = objective, learned, classes, 0
-        names = [*(f"blocks.{t}." for t in range(T)), "classifier.", "label_embedding."]
+        names = [*(f"blocks.{t}." for t in range(self.blocks)), "classifier.", "label_embedding."]
         self.parts = [{k[len(n) :]: x.clone() for k, x in weights.items() if k.startswith(n)} for n in names]
         self.averages = [{k: x.clone() for k, x in part.items()} for part in self.parts]
         self.optimizers = []
         for name, part in zip(names, self.parts, strict=True):
             decay = DECAY_W if name == "label_embedding." else DECAY
-            learn = [x.requires_grad_() for k, x in part.items() if k.endswith(("weight", "bias"))]
+            learn = [x.requires_grad_() for k, x in part.items() if k.endswith(LEARNED)]
             self.optimizers.append(torch.optim.AdamW(learn, weight_decay=decay, foreach=False))
 
     def estimate(self, t: int, x: Tensor, z: Tensor, W: Tensor) -> Tensor:
         """û_t of z_{t-1}."""
-        out = f(self.parts[t - 1], x, z)
+        out = f(self.parts[t - 1], code(self.parts[t - 1], x), z)
         return out.softmax(1) @ W if self.classes else out
 
     def losses(self, t: int, x: Tensor, y: Tensor, W: Tensor, eps: Tensor, eps_T: Tensor) -> Tensor:
@@ -105,6 +113,11 @@ class Trainer:
             own = W.detach().clone().requires_grad_()
             self.losses(t, x, y, own, eps[t - 1], eps_T).backward()
             gradient = gradient + own.grad
+        self.update(lr, gradient)
+
+    def update(self, lr: float, gradient: Tensor | None) -> None:
+        """Clip, step and average each part; gradient: that by W."""
+        W = self.parts[-1]["weight"]
         if self.learned:
             W.grad = gradient
         for part, average, optimizer in zip(self.parts, self.averages, self.optimizers, strict=True):
@@ -123,3 +136,70 @@ class Trainer:
                 for name in part:
                     average[name] = d * average[name] + (1 - d) * part[name].detach()
         self.k += 1
+
+
+def gamma(p: dict[str, Tensor], t: Tensor) -> Tensor:
+    """γ of a single t, with g a network of positive weights beside a straight line."""
+    w, v, b = (p[f"schedule.{name}"] for name in "wvb")
+
+    def g(t):
+        return t + sum(F.softplus(v[j]) * torch.sigmoid(F.softplus(w[j]) * t + b[j]) for j in range(len(w)))
+
+    gamma_0, gamma_1 = p["schedule.gamma_0"], p["schedule.gamma_0"] + 1 + F.softplus(p["schedule.spread"])
+    return gamma_0 + (gamma_1 - gamma_0) * (1 - (g(t) - g(0.0)) / (g(1.0) - g(0.0)))
+
+
+def time(p: dict[str, Tensor], t: float) -> Tensor:
+    """What a network of all t makes of t, (1, width)."""
+    angles = [1000 * t / 10_000 ** (k / 32) for k in range(32)]
+    h = torch.tensor([[math.sin(a) for a in angles] + [math.cos(a) for a in angles]])
+    return F.relu(h @ p["time.0.weight"].T + p["time.0.bias"])
+
+
+class FlowTrainer(Trainer):
+    """NoProp-CT and NoProp-FM: one network for all t. An image and a t at a time, after the image's code."""
+
+    blocks = 1
+
+    def step(self, x: Tensor, y: Tensor, lr: float, u: Tensor, draws: dict[str, Tensor], sigma=0.0) -> None:
+        """One step on images x and labels y. u: the uniform numbers by which t is drawn, one a draw."""
+        p, classifier = self.parts[:2]
+        W = self.parts[-1]["weight"].detach().clone().requires_grad_()
+        codes, n, total, ends = code(p, x), len(u), 0, []
+        for i in range(n):
+            label, h, t = y[i % len(y)], codes[i % len(y)][None], ((i + u[i]) / n).item()
+            if self.objective == "ct":
+                loss = self.ct(p, h, W, label, torch.tensor(t, requires_grad=True), draws["noise"][i])
+            else:
+                z_0 = draws["z_0"][i]
+                z = t * W[label] + (1 - t) * z_0 + sigma * draws["noise"][i]
+                v = (f(p, h, z[None], time(p, t)) @ W)[0]
+                loss = ((v - (W[label] - z_0)) ** 2).sum()
+                ends.append(z + (1 - t) * v)
+            total = total + loss / n
+        if self.objective == "ct":
+            first, last = (torch.sigmoid(-gamma(p, torch.tensor(t))) for t in (0.0, 1.0))
+            q = torch.distributions.Normal(first.sqrt() * W[y], (1 - first).sqrt())
+            prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+            total = total + torch.distributions.kl_divergence(q, prior).sum(1).mean()
+            ends = list(last.sqrt() * W[y] + (1 - last).sqrt() * draws["z_1"])
+        if self.objective == "ct" or self.learned:
+            logits = torch.stack(ends) @ classifier["weight"].T + classifier["bias"]
+            total = total + F.cross_entropy(logits, y.repeat(len(ends) // len(y)))
+        total.backward()
+        if classifier["weight"].grad is None:  # its decay acts all the same
+            classifier["weight"].grad, classifier["bias"].grad = (
+                torch.zeros_like(x) for x in classifier.values()
+            )
+        self.update(lr, W.grad)
+
+    def ct(
+        self, p: dict[str, Tensor], code: Tensor, W: Tensor, label: Tensor, t: Tensor, eps: Tensor
+    ) -> Tensor:
+        """η/2 SNR′(t) ‖û - u‖², SNR′ by autograd."""
+        g, u = gamma(p, t), W[label]
+        [slope] = torch.autograd.grad(torch.exp(-g), t, create_graph=True)
+        alpha_bar = torch.sigmoid(-g)
+        z = alpha_bar.sqrt() * u + (1 - alpha_bar).sqrt() * eps
+        u_hat = (f(p, code, z[None], time(p, t.item())).softmax(1) @ W)[0]
+        return ETA / 2 * slope * ((u_hat - u) ** 2).sum()

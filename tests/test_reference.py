@@ -7,7 +7,9 @@ from conftest import noprop
 
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
+from noprop_lab.fm import FMConfig
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
 
@@ -39,6 +41,14 @@ def states(embedding: str) -> dict[str, noprop.State]:
     }
 
 
+def same_weights(slow: reference.Trainer, state: noprop.State) -> None:
+    for network, found in ((slow.parts, state.model), (slow.averages, state.averaged)):
+        for own, part in zip(network, found.parts().values(), strict=True):
+            for key, x in part.state_dict().items():
+                if not key.endswith("num_batches_tracked"):
+                    torch.testing.assert_close(x, own[key].detach(), rtol=1e-10, atol=1e-10, msg=key)
+
+
 @pytest.mark.parametrize("embedding", ["learned", "fixed"])
 @pytest.mark.parametrize("name", ["hybrid", "hybrid, classes", "dt", "backprop", "backprop, classes"])
 def test_three_steps_are_those_of_the_equations(name, embedding, data):
@@ -60,10 +70,37 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
         results = step(state, image, label, lr)
         state.step += 1
         assert max(norm for _, norm in results.values()) > reference.CLIP
-    for network, found in ((slow.parts, state.model), (slow.averages, state.averaged)):
-        for own, part in zip(network, found.parts().values(), strict=True):
-            for key, x in part.state_dict().items():
-                if not key.endswith("num_batches_tracked"):
-                    torch.testing.assert_close(x, own[key].detach(), rtol=1e-10, atol=1e-10, msg=key)
+    same_weights(slow, state)
     rows = state.model.label_embedding.weight.norm(dim=1)
     assert (rows <= reference.MAX_NORM + 1e-12).all() == (learned and name != "backprop")
+
+
+@pytest.mark.parametrize("embedding", ["learned", "fixed"])
+@pytest.mark.parametrize("kind", [CTConfig, FMConfig])
+def test_three_steps_of_ct_and_fm_are_those_of_the_equations(kind, embedding, data):
+    """The same, and for CT the noise schedule, whose SNR′ the reference differentiates by autograd."""
+    more = dict(eta_loss_weight=reference.ETA) if kind is CTConfig else dict(sigma=0.3)
+    settings = SETTINGS | more | dict(num_blocks=1, embedding=embedding, draws=2, step_threads=1)
+    state = LabState(kind(**settings))
+    if kind is CTConfig:  # a bent γ
+        for model in (state.model, state.averaged):
+            model.blocks[0].schedule.v.data.add_(torch.linspace(0, 6, 16))
+    slow = reference.FlowTrainer(state.model.state_dict(), kind.objective, embedding == "learned", True)
+    for k, lr in enumerate((0.003, 0.01, 0.002)):
+        rows = slice(16 * k, 16 * (k + 1))
+        image, label = data.train.images[rows].double() / 255, data.train.labels[rows]
+
+        def draw(purpose: str, n: int, k=k) -> torch.Tensor:
+            of = noprop.generator(state.config.seed, purpose, 1, k)
+            return torch.rand(n, generator=of) if purpose == "t" else torch.randn(n, 20, generator=of)
+
+        draws = {purpose: draw(purpose, n) for purpose, n in (("noise", 32), ("z_0", 32), ("z_1", 16))}
+        slow.step(image, label, lr, draw("t", 32), draws, more.get("sigma", 0.0))
+        before = {name: x.clone() for name, x in state.model.state_dict().items()}
+        results = step_of(state.config)(state, image, label, lr)
+        state.step += 1
+        assert max(norm for _, norm in results.values()) > reference.CLIP
+        for name in state.model.blocks[0].schedule.state_dict() if kind is CTConfig else ():
+            name = f"blocks.0.schedule.{name}"
+            assert not torch.equal(before[name], state.model.state_dict()[name]), name
+    same_weights(slow, state)
