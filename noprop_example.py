@@ -287,6 +287,7 @@ class Hybrid:
 
     eta: float = 2.0
     lam: float = 1.0
+    every_block: ClassVar[bool] = False  # head_loss() goes with each block's update, not just with block T's
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
         """Loss of block t, and û (B, D). W (classes, D): this block's own copy of the label embedding.
@@ -528,8 +529,7 @@ def build(config: Config, device=CPU, weights=None, block=None, kind: type[NoPro
 def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     """A map() over independent jobs: on a CPU, as many at once as there are threads, each on one thread.
 
-    A core for each block beats all cores on one block after another, and a block's result is the same bit for
-    bit however many threads there are. Accelerators take jobs in order.
+    A core for each block beats all cores on one after another, and gives the same bits for any number.
     """
     before, cpu = torch.get_num_threads(), device.type == "cpu"
     if cpu and sys.platform == "linux":  # glibc keeps freed memory: to fault it in is 10 % of a step's time
@@ -681,7 +681,7 @@ def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -
         block = model.blocks[t - 1]
         loss, u_hat = objective.block_loss(block, t, model.alpha_bar, image, label, W, draw)
         losses = {f"blocks.{t - 1}": loss}
-        if t == config.num_blocks:  # the classifier is the head of the last block
+        if t == config.num_blocks or objective.every_block:  # the classifier is the head of the last block
             losses["classifier"] = objective.head_loss(model.classifier, u_hat, label, W, draw)
     sum(losses.values()).backward()
     return {name: (loss.detach(), state.update(name, lr)) for name, loss in losses.items()}, W.grad
