@@ -105,8 +105,8 @@ def cosine_schedule(num_blocks: int, s: float = 0.008) -> Tensor:
     return torch.cos(((1 - t / num_blocks) + s) / (1 + s) * math.pi / 2).square().clamp(1e-3, 0.999)
 
 
-def reverse_steps(alpha_bar: Tensor, equal_weights: bool = False) -> list[tuple[float, ...]]:
-    """ᾱ_{t-1} and the a, b, c of z_t = a û_t + b z_{t-1} + τ √c ξ for each block t, from alpha_bar (T+1,).
+def reverse_steps(alpha_bar: Tensor, equal_weights: bool = False) -> Tensor:
+    """ᾱ_{t-1} and a, b, c of z_t = a û_t + b z_{t-1} + τ √c ξ for each block t, (T, 4); alpha_bar: (T+1,).
 
     DDPM posterior (arXiv 2006.11239, eq. 7), which is equation 3 of NoProp.
     Identities: a + b √ᾱ_{t-1} = √ᾱ_t; and for DDPM's weights b² (1-ᾱ_{t-1}) + c = 1-ᾱ_t, of the noise.
@@ -121,7 +121,7 @@ def reverse_steps(alpha_bar: Tensor, equal_weights: bool = False) -> list[tuple[
     if equal_weights:
         weight = 1 / torch.arange(1, len(alpha_bar), dtype=alpha_bar.dtype)
     a, b, c = weight * after.sqrt(), (1 - weight) / alpha.sqrt(), (1 - after) * (1 - alpha) / (1 - before)
-    return list(zip(*(x.tolist() for x in (before, a, b, c)), strict=True))
+    return torch.stack([before, a, b, c], dim=1)
 
 
 def noisy_label(u: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
@@ -200,7 +200,7 @@ class NoProp(nn.Module):
     def __init__(self, block, num_blocks, num_classes, embed_dim, image_shape, seed, equal_weights):
         super().__init__()
         self.image_shape, self.alpha_bar = tuple(image_shape), cosine_schedule(num_blocks)
-        self.steps = reverse_steps(self.alpha_bar, equal_weights)
+        self.steps = reverse_steps(self.alpha_bar, equal_weights).tolist()
         with seeded(seed, "embedding"):
             self.label_embedding = nn.Embedding(num_classes, embed_dim)
             nn.init.orthogonal_(self.label_embedding.weight)  # of the rows, if embed_dim >= num_classes
@@ -287,6 +287,7 @@ class Hybrid:
 
     eta: float = 2.0
     lam: float = 1.0
+    every_block: ClassVar[bool] = False  # head_loss() goes with each block's update, not just with block T's
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
         """Loss of block t, and û (B, D). W (classes, D): this block's own copy of the label embedding.
@@ -528,8 +529,7 @@ def build(config: Config, device=CPU, weights=None, block=None, kind: type[NoPro
 def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     """A map() over independent jobs: on a CPU, as many at once as there are threads, each on one thread.
 
-    A core for each block beats all cores on one block after another, and a block's result is the same bit for
-    bit however many threads there are. Accelerators take jobs in order.
+    A core for each block beats all cores on one after another, and gives the same bits for any number.
     """
     before, cpu = torch.get_num_threads(), device.type == "cpu"
     if cpu and sys.platform == "linux":  # glibc keeps freed memory: to fault it in is 10 % of a step's time
@@ -681,7 +681,7 @@ def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -
         block = model.blocks[t - 1]
         loss, u_hat = objective.block_loss(block, t, model.alpha_bar, image, label, W, draw)
         losses = {f"blocks.{t - 1}": loss}
-        if t == config.num_blocks:  # the classifier is the head of the last block
+        if t == config.num_blocks or objective.every_block:  # the classifier is the head of the last block
             losses["classifier"] = objective.head_loss(model.classifier, u_hat, label, W, draw)
     sum(losses.values()).backward()
     return {name: (loss.detach(), state.update(name, lr)) for name, loss in losses.items()}, W.grad
@@ -881,7 +881,7 @@ def draw_denoising(model: NoProp, test: Split):
     chosen = [*range(min(6, len(certainty))), *certainty.argsort()[:24:4].tolist()]
     image, u, noise = to_float(test.images[chosen]), model.label_embedding.weight, generator("denoising")
     model, z = copy.copy(model), [model.start(image, 1.0, noise)]
-    model.steps = reverse_steps(model.alpha_bar)  # DDPM's weights
+    model.steps = reverse_steps(model.alpha_bar).tolist()  # DDPM's weights
     for t in range(1, len(model.alpha_bar)):
         z.append(model.step(t, image, z[-1], 1.0, noise)[1])
     level = model.alpha_bar.float().to(u.device).view(-1, 1, 1)

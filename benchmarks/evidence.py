@@ -153,7 +153,7 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
     """Test accuracies of a trained network, used rightly and wrongly."""
     T, D, blocks, steps = len(model.blocks), model.label_embedding.embedding_dim, model.blocks, model.steps
     fresh = noprop.build(replace(model.config, seed=99)).eval().blocks  # untrained
-    ddpm = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
+    ddpm = noprop.reverse_steps(model.alpha_bar, equal_weights=False).tolist()
 
     def start(images: Tensor, scale: float = 0.0) -> Tensor:
         noise = noprop.generator("evidence", len(images))
@@ -218,7 +218,7 @@ def ladder(seeds: range) -> Rows:
 
 def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
     """Validation accuracies of a trained network by changes of inference alone."""
-    ddpm = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
+    ddpm = noprop.reverse_steps(model.alpha_bar, equal_weights=False).tolist()
     before, after = model.alpha_bar[:-1], model.alpha_bar[1:]
     b = ((1 - after) / (1 - before)).sqrt()  # DDIM: z_t = √ᾱ_t û + √(1-ᾱ_t) ε̂, and ε̂ from û and z_{t-1}
     ddim = zip(*(x.tolist() for x in (before, after.sqrt() - b * before.sqrt(), b, 0 * b)), strict=True)

@@ -103,7 +103,7 @@ def best_test_accuracy(summary: dict) -> float:
 def inferred(folder: Path, temperature: float, split: noprop.Split) -> dict:
     """What evaluate() says of a run's network at another temperature, with DDPM's weights."""
     model = network_of(folder)
-    model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False)
+    model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False).tolist()
     config = replace(model.config, weights="ddpm", temperature=temperature)
     with noprop.workers(noprop.CPU, noprop.Options.threads) as parallel:
         return noprop.evaluate(model, split, config, parallel)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import noprop_example as noprop
 from noprop_example import Failure, NoProp, say
-from noprop_lab import backprop, flows, parallel, parts
+from noprop_lab import backprop, dt, flows, parallel, parts
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
 from noprop_lab.early_exit import early_exit
@@ -158,6 +158,8 @@ def train(
     if size > 1:
         if isinstance(config, WholeConfig):
             raise Failure(f"{config.objective} trains one network as a whole: start it without torchrun")
+        if isinstance(config, dt.DTConfig) and config.updates == "each":
+            raise Failure("blocks that take turns can't train side by side: torchrun takes --updates last")
         state = parallel.SharedState(config, device, data, embedding)
         return parallel.run(state, data, options, content, end_of(config))
     state = LabState(config, device, data, embedding)
@@ -167,6 +169,8 @@ def train(
 def step_of(config: LabConfig) -> Callable:
     if isinstance(config, flows.FlowConfig):
         return flows.train_step
+    if isinstance(config, dt.DTConfig) and config.updates == "each":
+        return dt.train_step
     return backprop.train_step if isinstance(config, backprop.BackpropConfig) else noprop.train_step
 
 

@@ -161,7 +161,7 @@ class CTFlow(Flow):
             return super().step(t, image, z, temperature, noise)
         times = self.times(t, z)
         u_hat, _ = self.field(self.encode(image), z, times[0])
-        [(_, a, b, c)] = reverse_steps(self.blocks[0].schedule.alpha_bar(torch.cat(times)))
+        _, a, b, c = reverse_steps(self.blocks[0].schedule.alpha_bar(torch.cat(times)))[0].to(z.dtype)
         z = a * u_hat + b * z
         if temperature:
             z = z + temperature * c**0.5 * send(torch.randn(z.shape, generator=noise), z.device)

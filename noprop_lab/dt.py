@@ -1,11 +1,13 @@
 """NoProp-DT, the paper's own objective (arXiv 2503.24322, equation 8), its block, and its embeddings.
 
-Here û = softmax(f) W; a block's loss is T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² with SNR = ᾱ/(1-ᾱ); the
-classifier reads z_T; a KL term holds z_0 to the noise; inference samples (τ = 1).
+Here û = softmax(f) W; block t's update minimises, as in Algorithm 1,
+    CE(classifier(z_T), y) + KL(q(z_0|y) ‖ N(0, I)) + T/2 η (SNR_t - SNR_{t-1}) ‖û_t - u‖²,  SNR = ᾱ/(1-ᾱ)
+so that classifier and embedding take T updates where a block takes one; inference samples (τ = 1).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +23,12 @@ from noprop_example import (
     Hybrid,
     NoProp,
     Split,
+    State,
     clean_label,
     cosine_schedule,
     noisy_label,
     to_float,
+    train_block,
 )
 from noprop_lab.settings import LabConfig
 
@@ -39,6 +43,7 @@ class DTConfig(LabConfig):
     eta_loss_weight: float = 0.1  # η
     weights: Literal["equal", "ddpm"] = "ddpm"  # with which the blocks' û enter z_t in inference
     temperature: float = 1.0  # τ of inference: 0 follows the mean of each step, 1 samples
+    updates: Literal["each", "last"] = "each"  # that hold CE and KL: each block's, in turn; the last block's
 
     WITHOUT_EFFECT = ("lambda_global",)
 
@@ -46,6 +51,8 @@ class DTConfig(LabConfig):
         super().__post_init__()
         if self.eta_loss_weight == 0:
             raise Failure("the weight of the blocks' loss is 0: they would learn nothing")
+        if self.blocks and self.updates == "each":
+            raise Failure("blocks that take turns can't be trained apart: --blocks takes --updates last")
 
     @classmethod
     def paper(cls, **changes) -> DTConfig:
@@ -74,9 +81,10 @@ class LabHybrid(Hybrid):
 
 @dataclass(frozen=True)
 class DT:
-    """The objective of NoProp-DT. Cross-entropy and KL term enter once a step, in block T's update."""
+    """The objective of NoProp-DT: a block's SNR term, and what the updates of config.updates add to it."""
 
     config: DTConfig
+    every_block = property(lambda self: self.config.updates == "each")
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
         """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t; and û (B, D). Arguments: see Hybrid.block_loss()."""
@@ -93,6 +101,21 @@ class DT:
         logits = classifier(classified(self.config, u_hat, label, W, draw))
         level = cosine_schedule(self.config.num_blocks)[0].item()
         return F.cross_entropy(logits, label) + kl_to_noise(F.embedding(label, W), level)
+
+
+def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:
+    """A step of every part, blocks in turn, each with one of classifier and embedding: Algorithm 1.
+
+    (The algorithm takes all batches with block 1, then all with block 2; here all blocks with each batch.)
+    """
+    results: dict = {}
+    for t in state.blocks:
+        losses, gradient = train_block(state, t, image, label, lr)
+        results |= losses
+        if gradient is not None:
+            state.model.label_embedding.weight.grad.copy_(gradient)
+            results["label_embedding"] = gradient.new_zeros(()), state.update("label_embedding", lr)
+    return results
 
 
 def classified(config: LabConfig, u_hat: Tensor, label: Tensor, W: Tensor, draw) -> Tensor:
@@ -174,6 +197,22 @@ class PaperBlock(DenoisingBlockPaper):
         self.label = nn.Sequential(*full(embed_dim, 256), skipped)
         outputs = num_classes if target == "classes" else embed_dim
         self.head = nn.Sequential(*full(512, 256), *full(256, 128), nn.Linear(128, outputs))
+
+
+def image_block(make, image_shape, embed_dim, num_classes, target) -> nn.Module:
+    """A block of make(...) for an embedding of images: z goes through convolutions like the image's.
+
+    Figure 6 of the paper. D is the size of an image, (C, H, W) of image_shape.
+    """
+    block = make(image_shape, embed_dim, num_classes, target=target)
+    path = copy.deepcopy(block.image)
+    for layer in path.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    block.label = nn.Sequential(nn.Unflatten(1, image_shape), *path)
+    width = [layer.out_features for layer in path if isinstance(layer, nn.Linear)][-1]
+    block.head[0] = nn.Linear(2 * width, block.head[0].out_features)
+    return block
 
 
 # --- The paper's embeddings --------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import noprop_example as noprop
-from noprop_example import CPU, Data, Failure, NoProp, State
+from noprop_example import CPU, SIZES, Data, DenoisingBlockPaper, Failure, NoProp, State
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.ct import CT, CTConfig, CTFlow, NoiseSchedule
-from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, prototypes
+from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, image_block, prototypes
 from noprop_lab.flows import FlowBlock, FlowConfig
 from noprop_lab.fm import FM, FMConfig, FMFlow
 from noprop_lab.settings import LabConfig
@@ -37,7 +37,9 @@ def build(config: LabConfig, device=CPU, weights: dict[str, Tensor] | None = Non
         block = partial(FlowBlock, size=config.block, schedule=schedule)
         return noprop.build(config, device, weights, block, CTFlow if ct else FMFlow)
     kind = ReadsZ if config.classify == "z" else NoProp
-    return noprop.build(config, device, weights, PaperBlock if config.block == "paper" else None, kind)
+    block = PaperBlock if config.block == "paper" else partial(DenoisingBlockPaper, size=SIZES[config.block])
+    block = partial(image_block, block) if config.embedding == "prototype" else block
+    return noprop.build(config, device, weights, block, kind)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

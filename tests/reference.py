@@ -75,19 +75,19 @@ class Trainer:
         return out.softmax(1) @ W if self.classes else out
 
     def losses(self, t: int, x: Tensor, y: Tensor, W: Tensor, eps: Tensor, eps_T: Tensor) -> Tensor:
-        """Of block t, alone: with the classifier's for block T."""
+        """Of block t, alone: with the classifier's for block T, or, in Algorithm 1 of NoProp-DT, for all."""
         u, a = W[y], level(t - 1)
         z = math.sqrt(a) * u + math.sqrt(1 - a) * eps
         u_hat = self.estimate(t, x, z, W)
         eps_hat = (z - math.sqrt(a) * u_hat) / math.sqrt(1 - a)
         loss = ETA * ((eps_hat - eps) ** 2).mean() + LAMBDA * ((u_hat - u) ** 2).mean()
         read = u_hat
-        if self.objective == "dt":
+        if self.objective.startswith("dt"):
             loss = T / 2 * ETA * (snr(t) - snr(t - 1)) * ((u_hat - u) ** 2).sum(1).mean()
             read = math.sqrt(level(T)) * u + math.sqrt(1 - level(T)) * eps_T
-        if t < T:
+        if t < T and self.objective != "dt, each":
             return loss
-        if self.objective == "dt":  # KL(N(√ᾱ u, (1-ᾱ) I) ‖ N(0, I)), summed over D, by PyTorch
+        if self.objective.startswith("dt"):  # KL(N(√ᾱ u, (1-ᾱ) I) ‖ N(0, I)), summed over D, by PyTorch
             q = torch.distributions.Normal(math.sqrt(level(0)) * u, math.sqrt(1 - level(0)))
             prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
             loss = loss + torch.distributions.kl_divergence(q, prior).sum(1).mean()
@@ -102,7 +102,7 @@ class Trainer:
             z = math.sqrt(level(t)) * mean
         return F.cross_entropy(u_hat @ self.parts[-2]["weight"].T + self.parts[-2]["bias"], y)
 
-    def step(self, x: Tensor, y: Tensor, lr: float, eps: list[Tensor], eps_T: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, lr: float, eps: list[Tensor], eps_T: list[Tensor]) -> None:
         """One step of all parts, on images x, labels y and the draws of blocks 1 ... T."""
         W, gradient = self.parts[-1]["weight"], 0
         if self.objective == "backprop":
@@ -111,12 +111,17 @@ class Trainer:
             gradient = own.grad  # None where no block reads W
         for t in range(1, T + 1) if self.objective != "backprop" else ():
             own = W.detach().clone().requires_grad_()
-            self.losses(t, x, y, own, eps[t - 1], eps_T).backward()
+            self.losses(t, x, y, own, eps[t - 1], eps_T[t - 1]).backward()
             gradient = gradient + own.grad
-        self.update(lr, gradient)
+            if self.objective == "dt, each":
+                self.update(lr, own.grad)  # of block t, classifier and W: no other has a gradient
+                gradient = 0
+        if self.objective != "dt, each":
+            self.update(lr, gradient)
+        self.k += 1
 
     def update(self, lr: float, gradient: Tensor | None) -> None:
-        """Clip, step and average each part; gradient: that by W."""
+        """Clip, step and average each part that has a gradient; gradient: that by W."""
         W = self.parts[-1]["weight"]
         if self.learned:
             W.grad = gradient
@@ -135,7 +140,6 @@ class Trainer:
                 d = min(AVERAGE, (1 + self.k) / (10 + self.k))
                 for name in part:
                     average[name] = d * average[name] + (1 - d) * part[name].detach()
-        self.k += 1
 
 
 def gamma(p: dict[str, Tensor], t: Tensor) -> Tensor:
@@ -192,6 +196,7 @@ class FlowTrainer(Trainer):
                 torch.zeros_like(x) for x in classifier.values()
             )
         self.update(lr, W.grad)
+        self.k += 1
 
     def ct(
         self, p: dict[str, Tensor], code: Tensor, W: Tensor, label: Tensor, t: Tensor, eps: Tensor

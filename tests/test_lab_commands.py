@@ -141,6 +141,7 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
     [
         ("train --objective dt --lambda-global 2", "lambda_global has no effect on this objective"),
         ("train --objective dt --eta-loss-weight 0", "learn nothing"),
+        ("train --objective dt --embedding fixed --blocks 1-2", "--blocks takes --updates last"),
         ("train --objective backprop --eta-loss-weight 1", "eta_loss_weight has no effect on this objective"),
         ("train --objective backprop --blocks 1 --embedding fixed", "backprop trains one network as a whole"),
         ("train --objective backprop --classify z", "backprop trains all blocks as one"),

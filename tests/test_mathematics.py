@@ -17,7 +17,7 @@ def test_schedule_and_coefficients(num_blocks):
     assert (alpha_bar[0].item(), alpha_bar[-1].item()) == (1e-3, 0.999)
     rises = alpha_bar.diff()
     assert (rises >= 0).all() and (num_blocks > 50 or (rises > 0).all())
-    before, a, b, c = torch.tensor(noprop.reverse_steps(alpha_bar), dtype=torch.float64).T
+    before, a, b, c = noprop.reverse_steps(alpha_bar).T
     assert torch.equal(before, alpha_bar[:-1])
     for coefficient in (a, b, c):
         assert coefficient.isfinite().all() and (coefficient >= 0).all()
@@ -30,7 +30,7 @@ def test_schedule_and_coefficients(num_blocks):
 def test_z_is_a_running_mean_of_the_estimates(equal_weights):
     """z_t/√ᾱ_t = Σ w_s û_s: equal weights, or the increments of SNR = ᾱ/(1-ᾱ), whose first share is z_0's."""
     alpha_bar, estimates = noprop.cosine_schedule(10), torch.randn(10, 20, dtype=torch.float64)
-    _, a, b, _ = zip(*noprop.reverse_steps(alpha_bar, equal_weights), strict=True)
+    _, a, b, _ = noprop.reverse_steps(alpha_bar, equal_weights).T.tolist()
     z = torch.zeros(20, dtype=torch.float64)
     for t in range(10):
         z = a[t] * estimates[t] + b[t] * z
@@ -47,7 +47,7 @@ def test_schedule_values():
 def test_ddpm_form_equals_u_hat_form():
     """a û + b z is DDPM's (z_{t-1} - (1-α)/√(1-ᾱ_{t-1}) ε̂) / √α with its time reversed, α = ᾱ_{t-1}/ᾱ_t."""
     alpha_bar = noprop.cosine_schedule(10)
-    _, a, b, _ = zip(*noprop.reverse_steps(alpha_bar), strict=True)
+    _, a, b, _ = noprop.reverse_steps(alpha_bar).T.tolist()
     z, eps_hat = torch.randn(2, 10, 20, dtype=torch.float64)
     for t in range(1, 11):
         level = alpha_bar[t - 1].item()

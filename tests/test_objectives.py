@@ -83,18 +83,19 @@ def test_the_papers_block_has_its_size():
     )
 
 
+@pytest.mark.parametrize("updates", ["each", "last"])
 @pytest.mark.parametrize("t", [1, 3])
-def test_a_dt_block_is_trained_alone(batch, t):
+def test_a_dt_block_is_trained_alone(batch, t, updates):
     """And its classifier reads z_T, drawn from q(z_T | y): no gradient goes from it into block T."""
     results = []
     for scale in (1.0, 1e3):
-        state = LabState(DTConfig(**TINY))
+        state = LabState(DTConfig(**TINY, updates=updates))
         before = {name: x.clone() for name, x in state.model.state_dict().items()}
         state.model.classifier.weight.data *= scale
         noprop.train_block(state, t, *batch, 1e-3)
         after = state.model.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        own = (f"blocks.{t - 1}.",) + (("classifier.",) if t == 3 or scale > 1 else ())
+        own = (f"blocks.{t - 1}.",) + (("classifier.",) if t == 3 or updates == "each" or scale > 1 else ())
         assert changed and all(name.startswith(own) for name in changed)
         results.append(state.model.blocks[t - 1].state_dict())
     assert same(*results)
@@ -102,7 +103,7 @@ def test_a_dt_block_is_trained_alone(batch, t):
 
 def test_the_embedding_gets_the_gradient_of_all_losses(batch):
     """What the blocks hand over adds up to the gradient of the sum of all losses, nothing detached."""
-    (image, label), config = batch, DTConfig(**TINY, grad_clip=1e9)
+    (image, label), config = batch, DTConfig(**TINY, grad_clip=1e9, updates="last")
     state = LabState(config)
     state.holders = {name: (*x[:2], Recorder()) for name, x in state.holders.items()}
     noprop.train_step(state, image, label, 1e-3)
@@ -118,6 +119,20 @@ def test_the_embedding_gets_the_gradient_of_all_losses(batch):
         total = total + loss
     total = total + objective.head_loss(model.classifier, u_hat, label, W, draw)
     torch.testing.assert_close(found, torch.autograd.grad(total, W)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_z_goes_through_convolutions_where_embeddings_are_images(small_data):
+    """As figure 6 has it: a path like the image's, with weights of its own; so z, turned, is another z."""
+    for kind in ({}, {"block": "paper"}, {"block": "deep"}):
+        model = LabState(DTConfig(**TINY | kind, embedding="prototype"), CPU, small_data).model.eval()
+        block, z = model.blocks[0], model.label_embedding.weight.detach()
+        paths = [
+            [x for x in path.modules() if isinstance(x, nn.Conv2d)] for path in (block.image, block.label)
+        ]
+        assert [x.weight.shape for x in paths[0]] == [x.weight.shape for x in paths[1]]
+        assert not any(torch.equal(x.weight, y.weight) for x, y in zip(*paths, strict=True))
+        image = torch.zeros(10, 1, 28, 28)
+        assert not torch.equal(block(image, z, 0.5, z), block(image, z.roll(1, 0), 0.5, z))
 
 
 def test_prototypes_are_the_most_central_images(small_data):
