@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from itertools import accumulate
@@ -52,7 +52,8 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
     "Files": "files",
     "Search": "search",
 }
-MUTATED = (SCRIPT, f"{LAB}/dt.py", f"{LAB}/backprop.py", f"{LAB}/early_exit.py")
+OBJECTIVES = "dt backprop flows ct fm early_exit".split()
+MUTATED = (SCRIPT, *(f"{LAB}/{name}.py" for name in OBJECTIVES))
 BUDGET = 60  # seconds, without a mutant, of the tests that are run for one
 STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
 POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
@@ -242,33 +243,44 @@ def run_tests(folder: Path, tests: list[str], limit: float, *flags: str) -> tupl
     return -1 if re.search(r"^Timeout \(", text, re.MULTILINE) else code, failed[1] if failed else ""
 
 
-def reach_of(base: Path, jobs: int) -> dict[str, Any]:
-    """Seconds of each test without a mutant, and which tests run each line of each file. Raises Refused.
+def reach_of(folder: Path, file: str) -> dict[str, Any]:
+    """Seconds of each test in a file without a mutant, and which of them run each line of each source.
 
     A test that fails here, as one with a time limit may on a busy machine, is left out, and named.
     """
     from coverage import CoverageData
 
-    report = base / "report.xml"
+    report = folder / "report.xml"
     flags = [f"--cov={x.removesuffix('.py')}" for x in (SCRIPT, LAB)]
-    flags += ["--cov-context=test", "--cov-report="]
-    flags += ["-n", str(jobs), "--dist", "loadfile", f"--junitxml={report}"]
-    code, test = run_tests(base, ["tests"], 3600, *flags)
+    flags += ["--cov-context=test", "--cov-report=", f"--junitxml={report}"]
+    code, test = run_tests(folder, [file], 3600, *flags, "-o", "faulthandler_timeout=1200")
     if code not in (0, 1):
-        raise Refused(f"without a mutant the tests end with pytest's exit code {code}: {test}", 1)
-    seconds = {}
+        raise Refused(f"without a mutant {file} ends with pytest's exit code {code}: {test}", 1)
+    seconds, lines = {}, {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
         if case.find("failure") is None and case.find("error") is None:
             seconds[name] = float(case.get("time"))
         else:
             print(f"left out, as it fails without a mutant: {name}", file=sys.stderr)
-    (data := CoverageData(str(base / ".coverage"))).read()
-    lines = {}
-    for file in data.measured_files():
-        tests = {n: {x.split("|")[0] for x in found} for n, found in data.contexts_by_lineno(file).items()}
-        lines[os.path.relpath(file, base)] = {n: sorted(found & seconds.keys()) for n, found in tests.items()}
-    return {"seconds": seconds, "lines": lines}
+    (data := CoverageData(str(folder / ".coverage"))).read()
+    for source in data.measured_files():
+        found = data.contexts_by_lineno(source).items()
+        tests = {line: sorted({x.split("|")[0] for x in names} & seconds.keys()) for line, names in found}
+        lines[os.path.relpath(source, folder)] = {line: names for line, names in tests.items() if names}
+    return {"file": file, "seconds": seconds, "lines": lines}
+
+
+class Reach:
+    """Of all tests: the seconds of each, and which run each line of each source."""
+
+    def __init__(self, entries: list[dict[str, Any]]):
+        self.seconds = {test: x for entry in entries for test, x in entry["seconds"].items()}
+        self.lines: dict[tuple[str, int], set[str]] = {}
+        for entry in entries:
+            for source, lines in entry["lines"].items():
+                for line, tests in lines.items():
+                    self.lines.setdefault((source, int(line)), set()).update(tests)
 
 
 def statement(source: str, line: int) -> int:
@@ -277,18 +289,18 @@ def statement(source: str, line: int) -> int:
     return max((x.lineno for x in around if x.lineno <= line <= x.end_lineno), default=line)
 
 
-def tests_of(base: Path, mutant: Mutant, reach: dict[str, Any]) -> list[str]:
+def tests_of(base: Path, mutant: Mutant, reach: Reach) -> list[str]:
     """The tests that could notice a mutant: the likely file's first, then quick ones, as far as BUDGET goes.
 
     A line that no test runs by itself, such as the default of a setting, is read when the file is imported,
     and all tests could notice it.
     """
     line = statement((base / mutant.file).read_text(encoding="utf-8"), mutant.line)
-    tests = reach["lines"].get(mutant.file, {}).get(str(line)) or reach["seconds"]
     likely = [f"tests/test_{name}.py" for start, name in LIKELY.items() if mutant.name.startswith(start)]
-    first = [x for x in reach["seconds"] if x.split("::")[0] in likely]
-    rest = sorted(set(tests) - set(first), key=lambda x: (reach["seconds"][x], x))
-    spent = accumulate(reach["seconds"][x] for x in rest)
+    first = [x for x in reach.seconds if x.split("::")[0] in likely]
+    rest = set(reach.lines.get((mutant.file, line)) or reach.seconds) - set(first)
+    rest = sorted(rest, key=lambda x: (reach.seconds[x], x))
+    spent = accumulate(reach.seconds[x] for x in rest)
     return first + [x for x, after in zip(rest, spent, strict=True) if after <= BUDGET]
 
 
@@ -339,32 +351,42 @@ def keep(entry: dict) -> dict:
 
 def try_all(base: Path, mutants: list[Mutant], jobs: int) -> list[dict]:
     """The result of each mutant, from the file or by running the tests."""
-    project, old = project_digest(base), known()
+    project, old, folders = project_digest(base), known(), queue.Queue()
     keys = [digest(project, BUDGET, x.kind, x.name, x.file, x.source) for x in mutants]
     missing = [(key, mutant) for key, mutant in zip(keys, mutants, strict=True) if key not in old]
-    if missing and digest(project, "reach") not in old:
-        print("All tests, without a mutant, to learn what they reach: some minutes.", file=sys.stderr)
-        keep({"key": digest(project, "reach")} | reach_of(base, jobs))
-        old = known()
-    reach, folders = old.get(digest(project, "reach")), queue.Queue()
+    files = sorted(str(path.relative_to(base)) for path in base.glob("tests/test_*.py"))
+    unread = [(key, file) for file in files if (key := digest(project, "reach", file)) not in old]
     for number in range(jobs):
         shutil.copytree(base, base.parent / str(number), symlinks=True, ignore=shutil.ignore_patterns("tmp"))
         folders.put(base.parent / str(number))
 
+    def in_a_copy(function: Callable, *arguments) -> dict:
+        folder = folders.get()
+        try:
+            return function(folder, *arguments)
+        finally:
+            folders.put(folder)
+
+    def read(key: str, file: str) -> dict:
+        return {"key": key, "outcome": "reach of", "name": file} | in_a_copy(reach_of, file)
+
     def job(key: str, mutant: Mutant) -> dict:
-        folder, tests = folders.get(), tests_of(base, mutant, reach)
-        found = outcome_of(folder, mutant, tests, sum(reach["seconds"][x] for x in tests))
-        folders.put(folder)
+        tests = tests_of(base, mutant, reach)
+        found = in_a_copy(outcome_of, mutant, tests, sum(reach.seconds[x] for x in tests))
         about = {"kind": mutant.kind, "name": mutant.name, "stratum": mutant.stratum, "file": mutant.file}
         about |= {"line": mutant.line, "diff": difference(base, mutant), "tests": len(tests)}
         return {"key": key} | about | found
 
+    for entry in in_parallel(read, unread, jobs) if missing else ():
+        keep(entry)
+    old = known()
+    reach = Reach([old[key] for file in files if (key := digest(project, "reach", file)) in old])
     for entry in in_parallel(job, missing, jobs):
         old[entry["key"]] = keep(entry)
     return [old[key] for key in keys]
 
 
-def in_parallel(job, missing: list[tuple[str, Mutant]], jobs: int) -> Iterator[dict]:
+def in_parallel(job: Callable, missing: list[tuple[str, Any]], jobs: int) -> Iterator[dict]:
     """The results of the jobs as they come; progress goes to stderr. Whoever stops it stops the tests too."""
     started, pool = time.perf_counter(), ThreadPoolExecutor(jobs)
     try:
