@@ -52,7 +52,7 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
     "Files": "files",
     "Search": "search",
 }
-OBJECTIVES = "dt backprop flows ct fm early_exit".split()
+OBJECTIVES = ["dt", "backprop", "flows", "ct", "fm", "early_exit"]
 MUTATED = (SCRIPT, *(f"{LAB}/{name}.py" for name in OBJECTIVES))
 BUDGET = 60  # seconds, without a mutant, of the tests that are run for one
 STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
