@@ -1,19 +1,20 @@
 """Is it diffusion, or ten networks? NoProp's chain of ten beside ten plain CNNs of one block's size.
 
-    python benchmarks/control.py mnist                              train what is missing, then report
-    python benchmarks/control.py fashion_mnist --data-root DIR
-    python benchmarks/control.py --report                           tables and picture from benchmarks/results/
+    python benchmarks/control.py mnist                            train what is missing, evaluate, report
+    python benchmarks/control.py fashion_mnist --data-root DIR    DIR has the four files, or FashionMNIST/raw
+    python benchmarks/control.py --report                         tables and picture, from benchmarks/results/
 
 The CNNs see no noise and no label: they are the twin with one block, trained by cross-entropy, each with its
 own seed, at the chain's weights, images, epochs, augmentation, averaging of weights and selection. Networks
-are kept in runs/control/ below the current folder, and those that are there are not trained again.
+are kept in runs/control/ below the current folder, and those that are there are not trained again; what they
+answer on the test images is kept in benchmarks/results/control-DATASET-REPLICATE.npz.
 """
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from benchmarks.seeds import mean as mean_and_error
 from noprop_lab import backprop, networks
 from noprop_lab.data import load_data
 from noprop_lab.settings import LabConfig
 
 RESULTS, DOCS = Path(__file__).parent / "results", Path(noprop.__file__).parent / "docs"
-REPLICATES, TEN = 5, 10
+DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 RATES = (0.0035, 0.007, 0.014, 0.028, 0.056)  # the middle one is NoProp's, from its search on MNIST
+MARGIN = 0.05  # points of accuracy within which two answers are called the same
+TEN = "ten CNNs, mean of probabilities"
 
 
 # --- Networks ----------------------------------------------------------------------------------------------
@@ -40,10 +44,9 @@ def chain(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
 
 
 def cnns(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
-    """Ten plain CNNs of one block's size, each with its own weights, order and augmentation."""
-    seeds = range(100 + TEN * replicate, 100 + TEN * (replicate + 1))
+    """Ten plain CNNs of one block's size, each with its own weights, order of images and augmentation."""
     rest = dict(dataset=dataset, lr=lr, num_blocks=1, step_threads=1)
-    return [backprop.BackpropConfig(seed=seed, **rest) for seed in seeds]
+    return [backprop.BackpropConfig(seed=100 + 10 * replicate + i, **rest) for i in range(10)]
 
 
 def path_of(config: LabConfig) -> Path:
@@ -52,56 +55,50 @@ def path_of(config: LabConfig) -> Path:
 
 
 def fit(config: LabConfig, data: noprop.Data, digest: str, threads: int) -> None:
-    """Train a network on the training images, and keep what the validation images select."""
+    """Train a network on the training images; keep what the validation images select."""
     state = networks.LabState(config)
     step = backprop.train_step if config.objective == "backprop" else noprop.train_step
-    for _ in noprop.train(state, data, step, threads):
+    for _ in noprop.train(state, data._replace(test=None), step, threads):
         pass
     path_of(config).parent.mkdir(parents=True, exist_ok=True)
     state.save(path_of(config), digest)
 
 
-def train(configs: Iterable[LabConfig], data: noprop.Data, threads: int) -> None:
-    """Train what is missing: a chain's blocks side by side, of the CNNs as many at once as there are threads."""
+def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
+    """Train what is missing: a chain's blocks side by side, and as many CNNs at once as there are threads."""
     missing = [config for config in configs if not path_of(config).exists()]
-    data, digest, started = data._replace(test=None), data.digest(), time.perf_counter()
-    alone = [config for config in missing if config.num_blocks == 1]
-    jobs = [config for config in missing if config.num_blocks > 1]
-    done = 0
+    digest, started, blocks = data.digest(), time.perf_counter(), [x.num_blocks for x in missing]
+    done: list[int] = []
 
-    def report(config: LabConfig) -> None:
-        nonlocal done
-        done += config.num_blocks
-        left = (time.perf_counter() - started) / done * (sum(x.num_blocks for x in missing) - done) / 60
-        noprop.say(f"{path_of(config)}  about {left:.0f} min left of these {len(missing)}")
-
-    def one(config: LabConfig) -> None:
-        fit(config, data, digest, 1)
-        report(config)
-
-    for config in jobs:
+    def one(config: LabConfig, threads: int = 1) -> None:
         fit(config, data, digest, threads)
-        report(config)
+        done.append(config.num_blocks)
+        left = (time.perf_counter() - started) / sum(done) * (sum(blocks) - sum(done)) / 60
+        noprop.say(f"{path_of(config)}: {len(done)} of {len(missing)}; about {left:.0f} min left of these")
+
+    for config in missing:
+        if config.num_blocks > 1:
+            one(config, threads)
     with noprop.workers(noprop.CPU, threads) as parallel:
-        list(parallel(one, alone))
+        list(parallel(one, [config for config in missing if config.num_blocks == 1]))
 
 
 @torch.inference_mode()
-def log_probabilities(config: LabConfig, split: noprop.Split) -> Tensor:
-    """log p after every block of a trained network, (N, T, classes), float64."""
+def log_probabilities(config: LabConfig, split: noprop.Split, chained=True) -> Tensor:
+    """log p after every block of a trained network, or of every block from z = 0, (N, T, classes)."""
     model = networks.load(path_of(config))
-    logits = [model(noprop.to_float(x)) for x in split.images.split(500)]
+
+    def alone(x: Tensor) -> Tensor:
+        steps = (model.step(t, x, model.start(x)) for t in range(1, config.num_blocks + 1))
+        return torch.stack([model.classify(*step) for step in steps], 1)
+
+    logits = [(model if chained else alone)(noprop.to_float(x)) for x in split.images.split(500)]
     return torch.cat(logits).double().log_softmax(-1)
 
 
-def mean(log_p: Tensor, axis: int) -> Tensor:
-    """log of the mean of probabilities over an axis."""
-    return log_p.logsumexp(axis) - np.log(log_p.shape[axis])
-
-
-def answer_on(configs: list[LabConfig], split: noprop.Split) -> Tensor:
-    """log p (N, classes) of the answer of a chain, or of the mean of several CNNs."""
-    return mean(torch.stack([log_probabilities(config, split)[:, -1] for config in configs]), 0)
+def averaged(log_p: Tensor) -> Tensor:
+    """log of the mean of probabilities, (N, networks, classes) -> (N, classes)."""
+    return log_p.logsumexp(1) - np.log(log_p.shape[1])
 
 
 def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str, dict[str, float]]:
@@ -115,7 +112,7 @@ def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str
         for lr in (RATES[at] for at in wanted):
             configs = kind(dataset, 0, lr)[:2]
             train(configs, data, threads)
-            log_p = answer_on(configs, data.val)
+            log_p = averaged(torch.stack([log_probabilities(x, data.val)[:, -1] for x in configs], 1))
             accuracy = 100 * (log_p.argmax(-1) == label).double().mean().item()
             found[lr] = {"loss": -log_p.gather(1, label[:, None]).mean().item(), "accuracy": accuracy}
             noprop.say(f"{dataset} {kind.__name__}, learning rate {lr}: validation {found[lr]}")
@@ -124,7 +121,7 @@ def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str
     return {str(lr): value for lr, value in sorted(found.items(), key=lambda item: item[1]["loss"])}
 
 
-def rates(data: noprop.Data, dataset: str, threads: int) -> dict[str, float]:
+def rates(dataset: str, data: noprop.Data, threads: int) -> dict[str, float]:
     """The learning rates of chain and CNNs; NoProp's on MNIST is the script's, which had a search."""
     path = RESULTS / f"control-{dataset}-rates.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -136,19 +133,177 @@ def rates(data: noprop.Data, dataset: str, threads: int) -> dict[str, float]:
     return {"chain": LabConfig.lr} | chosen
 
 
+# --- Answers -----------------------------------------------------------------------------------------------
+
+
+def answers(
+    dataset: str, replicate: int, lr: dict[str, float], split: noprop.Split
+) -> dict[str, list[Tensor]]:
+    """log p (N, classes) of what is compared, by row; several where a replicate has several of a kind."""
+    [noprop_] = chain(dataset, replicate, lr["chain"])
+    along, alone = (log_probabilities(noprop_, split, chained) for chained in (True, False))
+    plain = cnns(dataset, replicate, lr["cnns"])
+    plain = torch.cat([log_probabilities(config, split) for config in plain], 1)  # (N, 10, classes)
+    return {
+        "NoProp: the chain of ten": [along[:, -1]],
+        "NoProp: mean of the blocks' probabilities along the chain": [averaged(along)],
+        "NoProp: mean of the blocks' probabilities, each from z = 0": [averaged(alone)],
+        "NoProp: block 1": [along[:, 0]],
+        "one CNN": list(plain.unbind(1)),
+        "four CNNs, mean of probabilities": [averaged(plain[:, i : i + 4]) for i in (0, 4)],
+        TEN: [averaged(plain)],
+    }
+
+
+def packed(log_p: Tensor, label: Tensor) -> np.ndarray:
+    """Of each image log p of the answer, and log p of the label, or 0 where that is the answer: (2, N)."""
+    top, answer = log_p.max(-1)
+    true = log_p.gather(1, label[:, None])[:, 0].where(answer != label, 0)
+    return torch.stack([top, true]).half().numpy()
+
+
+def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data) -> None:
+    """Answer the test images, once, and keep what is needed for accuracy, loss and calibration."""
+    path = RESULTS / f"control-{dataset}-{replicate}.npz"
+    if not path.exists():
+        found = answers(dataset, replicate, lr, data.test)
+        rows = {name: np.stack([packed(x, data.test.labels) for x in row]) for name, row in found.items()}
+        np.savez_compressed(path, **rows)
+
+
+def right_and_loss(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of what packed() has kept, (..., 2, N): 100 where the answer is right, or 0; and -log p of the label."""
+    top, true = np.moveaxis(kept.astype(float), -2, 0)
+    return 100.0 * (true == 0), -np.where(true == 0, top, true)
+
+
+def calibration_error(kept: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error in points, of bins with equally many images; kept: (2, N)."""
+    confidence, right = 100 * np.exp(kept[0].astype(float)), right_and_loss(kept)[0]
+    order = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    return sum(len(x) * abs(confidence[x].mean() - right[x].mean()) for x in order) / len(right)
+
+
+# --- Report ------------------------------------------------------------------------------------------------
+
+
+def differences(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, tuple[float, ...]]:
+    """Each row minus TEN, and its 95 % interval: bootstrap over images, the same for all, and replicates.
+
+    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Draws R - 1 of R replicates, which makes the variance of
+    their mean unbiased.
+    """
+    rng, kept = np.random.default_rng(0), {name: right_and_loss(x)[which].mean(1) for name, x in rows.items()}
+    R, N = kept[TEN].shape
+    images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
+
+    def resampled(values: np.ndarray) -> np.ndarray:
+        chosen = rng.integers(R, size=(max(R - 1, 1), draws))
+        return np.take_along_axis(values @ images, chosen, 0).mean(0)
+
+    ten = resampled(kept[TEN])
+    ends = {name: np.quantile(resampled(x) - ten, [0.025, 0.975]) for name, x in kept.items() if name != TEN}
+    return {name: (kept[name].mean() - kept[TEN].mean(), *pair) for name, pair in ends.items()}
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference in accuracy says."""
+    if max(-low, high) < MARGIN:
+        return "the same"
+    return "better" if low > 0 else "worse" if high < 0 else "not resolved"
+
+
+def measured(kept: np.ndarray) -> list[list[float]]:
+    """Accuracy, loss and calibration error of a row, (R, n, 2, N): a value a replicate."""
+    errors = [np.mean([calibration_error(x) for x in replicate]) for replicate in kept]
+    return [*(x.mean((1, 2)).tolist() for x in right_and_loss(kept)), errors]
+
+
+def table(rows: dict[str, np.ndarray]) -> str:
+    """The Markdown table of a data set."""
+    lines = ["| | accuracy | nll | ECE | accuracy − ten CNNs' | | nll − ten CNNs' |", "|---" * 7 + "|"]
+    accuracy, loss = (differences(rows, which) for which in (0, 1))
+    for name, kept in rows.items():
+        cells = [mean_and_error(x, digits) for x, digits in zip(measured(kept), (2, 4, 2), strict=True)]
+        apart = ["", "", ""]
+        if name != TEN:
+            text = "{:+.3f} [{:+.3f}, {:+.3f}]".format
+            apart = [text(*accuracy[name]), verdict(*accuracy[name][1:]), text(*loss[name])]
+        lines.append(f"| {' | '.join([name, *cells, *apart])} |")
+    return "\n".join(lines)
+
+
+def draw(tables: dict[str, dict[str, np.ndarray]]):
+    """Test error, loss and calibration error: a dot a replicate, a line at their mean; a data set a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.6 + 2.3 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), 3, sharey=True, squeeze=False)
+    for row, (dataset, rows) in zip(panels, tables.items(), strict=True):
+        titles = "test error in %", "negative log-likelihood", "expected calibration error in points"
+        for column, (axes, title) in enumerate(zip(row, titles, strict=True)):
+            for y, (name, kept) in enumerate(rows.items()):
+                x = np.array(measured(kept)[column]) * (1 if column else -1) + (0 if column else 100)
+                color = "#0072B2" if name.startswith("NoProp") else "#D55E00"
+                axes.plot(x, np.full(len(x), y), "o", color=color, alpha=0.35, markersize=5)
+                axes.plot(x.mean(), y, "|", color=color, markersize=16, markeredgewidth=2)
+            axes.set(title=f"{DATASETS[dataset]}: {title}", yticks=range(len(rows)), yticklabels=list(rows))
+            axes.title.set_fontsize(10)
+            axes.grid(alpha=0.3)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.margins(x=0.1)
+    return figure
+
+
+def write(mark: str, content: str) -> None:
+    """Put content into docs/evidence.md, between its marks."""
+    path, begin, end = DOCS / "evidence.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
+
+
+def tried(dataset: str) -> str:
+    """The learning rates that were tried, in words."""
+    found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
+    text = "Validation loss (and accuracy) by learning rate, of which the smallest loss is chosen"
+    for kind, of_kind in found.items():
+        losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
+        text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
+    return text + "."
+
+
+def report() -> int:
+    """Print the tables, put them into docs/evidence.md, and draw the picture."""
+    tables, parts = {}, ["![Error, loss and calibration of chain and CNNs](img/evidence_control.png)"]
+    for dataset, name in DATASETS.items():
+        if files := [np.load(path) for path in sorted(RESULTS.glob(f"control-{dataset}-[0-9].npz"))]:
+            rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
+            parts += [f"**{name}**, {len(files)} replicates", table(rows), tried(dataset)]
+            tables[dataset] = rows
+    noprop.say(text := "\n\n".join(parts))
+    write("control", text)
+    return noprop.picture(draw, DOCS / "img" / "evidence_control.png", tables)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("dataset", choices=("mnist", "fashion_mnist"))
+    parser.add_argument("dataset", choices=DATASETS, nargs="?")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
-    parser.add_argument("--replicates", type=int, default=REPLICATES)
+    parser.add_argument("--replicates", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    data = load_data(LabConfig(dataset=given.dataset), given.data_root)
-    lr = rates(data, given.dataset, given.threads)
-    for replicate in range(given.replicates):
-        of_one = [x for kind in (chain, cnns) for x in kind(given.dataset, replicate, lr[kind.__name__])]
-        train(of_one, data, given.threads)
-    return 0
+    if not (given.dataset or given.report):
+        parser.error("name a data set, or --report")
+    if not given.report:
+        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
+        lr = rates(given.dataset, data, given.threads)
+        for replicate in range(given.replicates):
+            of_one = [x for kind in (chain, cnns) for x in kind(given.dataset, replicate, lr[kind.__name__])]
+            train(of_one, data, given.threads)
+        for replicate in range(given.replicates):
+            evaluate(given.dataset, replicate, lr, data)
+    return report()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What the best possible block computes, and what the chain then does: docs/evidence.md, "The theory"."""
+"""What the best possible block computes, and what the chain then does: docs/evidence.md, "What a block can learn"."""
 
 import pytest
 import torch
 from conftest import noprop
 from torch import Tensor, nn
+
+from benchmarks.theory import formula
 
 T, K, D = 10, 10, 20
 
@@ -47,16 +49,6 @@ def chain(model: noprop.NoProp, log_p: Tensor) -> Tensor:
     for t in range(1, T + 1):
         u_hat, z = model.step(t, image, z)
         found.append(u_hat @ torch.linalg.pinv(model.label_embedding.weight))
-    return torch.stack(found, 1)
-
-
-def formula(log_p: Tensor, W: Tensor, alpha_bar: Tensor) -> Tensor:
-    """π_t = softmax(log p_t + SNR_{t-1} (G π̄_{t-1} - ½ diag G)), of log p_t; both (B, T, classes)."""
-    G, found = W @ W.T, []
-    for t in range(T):
-        mean = sum(found) / t if t else torch.zeros_like(log_p[:, 0])
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        found.append((log_p[:, t] + snr * (mean @ G - G.diag() / 2)).softmax(-1))
     return torch.stack(found, 1)
 
 
