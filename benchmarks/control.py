@@ -172,7 +172,7 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
 
 
 def right_and_loss(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of what packed() has kept, (..., 2, N): 100 where the answer is right, or 0; and -log p of the label."""
+    """Of what packed() has kept, (..., 2, N): 100 where the answer is right; and -log p of the label."""
     top, true = np.moveaxis(kept.astype(float), -2, 0)
     return 100.0 * (true == 0), -np.where(true == 0, top, true)
 
@@ -225,10 +225,11 @@ def table(rows: dict[str, np.ndarray]) -> str:
     accuracy, loss = (differences(rows, which) for which in (0, 1))
     for name, kept in rows.items():
         cells = [mean_and_error(x, digits) for x, digits in zip(measured(kept), (2, 4, 2), strict=True)]
-        apart = ["", "", ""]
+        apart = [""] * 3
         if name != TEN:
-            text = "{:+.3f} [{:+.3f}, {:+.3f}]".format
-            apart = [text(*accuracy[name]), verdict(*accuracy[name][1:]), text(*loss[name])]
+            a, b = accuracy[name], loss[name]
+            apart = ["{:+.2f} [{:+.3f}, {:+.3f}]".format(*a), verdict(*a[1:])]
+            apart += ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*b)]
         lines.append(f"| {' | '.join([name, *cells, *apart])} |")
     return "\n".join(lines)
 
@@ -240,7 +241,7 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
     figure = Figure(figsize=(11, 0.6 + 2.3 * len(tables)), layout="constrained")
     panels = figure.subplots(len(tables), 3, sharey=True, squeeze=False)
     for row, (dataset, rows) in zip(panels, tables.items(), strict=True):
-        titles = "test error in %", "negative log-likelihood", "expected calibration error in points"
+        titles = "test error, %", "nll", "calibration error, points"
         for column, (axes, title) in enumerate(zip(row, titles, strict=True)):
             for y, (name, kept) in enumerate(rows.items()):
                 x = np.array(measured(kept)[column]) * (1 if column else -1) + (0 if column else 100)
