@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.control import DATASETS, RESULTS, chain, path_of, rates, write
+from benchmarks.control import DATASETS, RESULTS, chain, path_of, write
 from benchmarks.seeds import mean_and_error
 from noprop_lab import networks
 from noprop_lab.data import load_data
@@ -156,9 +156,8 @@ def main() -> int:
     parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
     given = parser.parse_args()
     data = load_data(LabConfig(dataset=given.dataset), given.data_root)
-    lr = rates(given.dataset, data, 2)["chain"]
-    paths = [path_of(config) for replicate in range(5) for config in chain(given.dataset, replicate, lr)]
-    paths = [path for path in paths if path.exists()]
+    configs = [x for replicate in range(5) for x in chain(given.dataset, replicate, LabConfig.lr)]
+    paths = [path for path in map(path_of, configs) if path.exists()]
     by_seed = [measure(networks.load(path), data.val) for path in paths]
     kept = {"networks": [path.name for path in paths], "by_seed": by_seed}
     (RESULTS / f"theory-{given.dataset}.json").write_text(json.dumps(kept) + "\n")
