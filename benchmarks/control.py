@@ -190,7 +190,7 @@ def differences(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> d
     """Each row minus TEN, and its 95 % interval: bootstrap over images, the same for all, and replicates.
 
     rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Draws R - 1 of R replicates, which makes the variance of
-    their mean unbiased.
+    their mean unbiased; of one replicate, the interval is over images only.
     """
     rng, kept = np.random.default_rng(0), {name: right_and_loss(x)[which].mean(1) for name, x in rows.items()}
     R, N = kept[TEN].shape
@@ -205,8 +205,10 @@ def differences(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> d
     return {name: (kept[name].mean() - kept[TEN].mean(), *pair) for name, pair in ends.items()}
 
 
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference in accuracy says."""
+def verdict(low: float, high: float, replicates: int) -> str:
+    """What an interval of a difference in accuracy says; of one replicate, nothing."""
+    if replicates < 2:
+        return "one replicate"
     if max(-low, high) < MARGIN:
         return "the same"
     return "better" if low > 0 else "worse" if high < 0 else "not resolved"
@@ -227,7 +229,7 @@ def table(rows: dict[str, np.ndarray]) -> str:
         apart = [""] * 3
         if name != TEN:
             a, b = accuracy[name], loss[name]
-            apart = ["{:+.2f} [{:+.3f}, {:+.3f}]".format(*a), verdict(*a[1:])]
+            apart = ["{:+.2f} [{:+.3f}, {:+.3f}]".format(*a), verdict(*a[1:], len(kept))]
             apart += ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*b)]
         lines.append(f"| {' | '.join([name, *cells, *apart])} |")
     return "\n".join(lines)
