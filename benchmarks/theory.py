@@ -1,4 +1,4 @@
-"""Does a trained chain do what follows for ideal blocks? See docs/evidence.md, "What a block can learn".
+"""Does a trained chain do what an ideal one does? See docs/evidence.md, "What a block can learn".
 
     python benchmarks/theory.py mnist                            the chains that benchmarks/control.py trained
     python benchmarks/theory.py fashion_mnist --data-root DIR
@@ -56,6 +56,7 @@ class Reader:
         self.model, self.labels, self.W = model, split.labels, model.label_embedding.weight.detach()
         self.inverse, self.noise = torch.linalg.pinv(self.W), noprop.generator("theory")
         batches = [noprop.to_float(x) for x in split.images.split(500)]
+        self.zero = torch.zeros(len(split.labels), self.W.shape[1])
         self.features = [torch.cat([block.image(x) for x in batches]) for block in model.blocks]
 
     def u_hat(self, t: int, z: Tensor, rows=slice(None)) -> Tensor:
@@ -85,7 +86,7 @@ class Reader:
 
     def along(self) -> Tensor:
         """log π_t of the chain as it is used, (N, T, classes)."""
-        z, found = torch.zeros(len(self.labels), self.W.shape[1]), []
+        z, found = self.zero, []
         for t, (_, a, b, _) in enumerate(self.model.steps, start=1):
             u_hat = self.u_hat(t, z)
             z = a * u_hat + b * z
@@ -96,7 +97,7 @@ class Reader:
         """log p_t (N, classes): the block's log π less log q, at z = 0, or on average over z ~ q(z | j)."""
         zeros, classes = torch.zeros_like(self.labels), range(len(self.W))
         if at_zero:
-            z = [torch.zeros(len(zeros), self.W.shape[1])]
+            z = [self.zero]
         else:
             z = [self.noisy(t, zeros + j) for j in classes for _ in range(DRAWS)]
         return torch.stack([self.log_pi(t, x) - self.log_q(t, x) for x in z]).mean(0)
@@ -118,6 +119,7 @@ def measure(model: noprop.NoProp, split: noprop.Split) -> dict[str, list[float]]
     predictions = {
         "formula, p at z = 0": formula(at_zero, reader.W, model.alpha_bar),
         "formula, p over z": formula(over_z, reader.W, model.alpha_bar),
+        "block t from z = 0": torch.stack([reader.log_pi(t, reader.zero) for t in blocks], 1).exp(),
         "block 1": along[:, :1].exp().expand_as(along),
     }
     for name, pi in predictions.items():
@@ -137,6 +139,13 @@ def measure(model: noprop.NoProp, split: noprop.Split) -> dict[str, list[float]]
         for name, value in zip(list(found)[-4:], values, strict=True):
             found[name].append(100 * value)
     return found
+
+
+def gram_of(model: noprop.NoProp) -> list[float]:
+    """Of the learned embedding: smallest and largest squared length, largest product of two rows."""
+    G = (model.label_embedding.weight @ model.label_embedding.weight.T).detach()
+    apart = (G - G.diag().diag()).abs().max()
+    return [round(x.item(), 3) for x in (G.diag().min(), G.diag().max(), apart)]
 
 
 def table(by_seed: list[dict[str, list[float]]]) -> str:
@@ -159,7 +168,9 @@ def main() -> int:
     configs = [x for replicate in range(5) for x in chain(given.dataset, replicate, LabConfig.lr)]
     paths = [path for path in map(path_of, configs) if path.exists()]
     by_seed = [measure(networks.load(path), data.val) for path in paths]
-    kept = {"networks": [path.name for path in paths], "by_seed": by_seed}
+    gram = {path.name: gram_of(networks.load(path)) for path in paths}
+    kept = {"command": f"theory.py {given.dataset}", "smallest, largest square, largest product": gram}
+    kept |= {"by_seed": by_seed}
     (RESULTS / f"theory-{given.dataset}.json").write_text(json.dumps(kept) + "\n")
     noprop.say(text := table(by_seed))
     write(f"theory {given.dataset}", text)
