@@ -95,11 +95,8 @@ class Reader:
 
     def opinion(self, t: int, at_zero: bool) -> Tensor:
         """log p_t (N, classes): the block's log π less log q, at z = 0, or on average over z ~ q(z | j)."""
-        zeros, classes = torch.zeros_like(self.labels), range(len(self.W))
-        if at_zero:
-            z = [self.zero]
-        else:
-            z = [self.noisy(t, zeros + j) for j in classes for _ in range(DRAWS)]
+        labels = [torch.full_like(self.labels, j) for j in range(len(self.W)) for _ in range(DRAWS)]
+        z = [self.zero] if at_zero else [self.noisy(t, label) for label in labels]
         return torch.stack([self.log_pi(t, x) - self.log_q(t, x) for x in z]).mean(0)
 
     def pairs(self, t: int, images: int = 300) -> tuple[Tensor, Tensor]:
@@ -116,10 +113,12 @@ def measure(model: noprop.NoProp, split: noprop.Split) -> dict[str, list[float]]
     reader, blocks, found = Reader(model, split), range(1, len(model.blocks) + 1), {}
     along = reader.along()
     at_zero, over_z = (torch.stack([reader.opinion(t, x) for t in blocks], 1) for x in (True, False))
+    before = along.exp().cumsum(1) / torch.arange(1, len(blocks) + 1)[:, None]  # means of π_1 ... π_t
     predictions = {
         "formula, p at z = 0": formula(at_zero, reader.W, model.alpha_bar),
         "formula, p over z": formula(over_z, reader.W, model.alpha_bar),
         "block t from z = 0": torch.stack([reader.log_pi(t, reader.zero) for t in blocks], 1).exp(),
+        "mean of blocks 1 … t-1": torch.cat([before[:, :1], before[:, :-1]], 1),
         "block 1": along[:, :1].exp().expand_as(along),
     }
     for name, pi in predictions.items():
