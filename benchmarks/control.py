@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +33,7 @@ RESULTS, DOCS = Path(__file__).parent / "results", Path(noprop.__file__).parent 
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 RATES = (0.0035, 0.007, 0.014, 0.028, 0.056)  # the middle one is NoProp's, which a search on MNIST left
 MARGIN = 0.05  # points of accuracy within which two answers are called the same
-TEN = "ten CNNs, mean of probabilities"
+CHAIN, BLOCK, ONE, TEN = "NoProp: chain of ten", "NoProp: block 1", "one CNN", "ten CNNs, averaged"
 
 
 # --- Networks ----------------------------------------------------------------------------------------------
@@ -144,12 +145,12 @@ def answers(
     plain = cnns(dataset, replicate, lr["cnns"])
     plain = torch.cat([log_probabilities(config, split) for config in plain], 1)  # (N, 10, classes)
     return {
-        "NoProp: the chain of ten": [along[:, -1]],
-        "NoProp: mean of the blocks' probabilities along the chain": [averaged(along)],
-        "NoProp: mean of the blocks' probabilities, each from z = 0": [averaged(alone)],
-        "NoProp: block 1": [along[:, 0]],
-        "one CNN": list(plain.unbind(1)),
-        "four CNNs, mean of probabilities": [averaged(plain[:, i : i + 4]) for i in (0, 4)],
+        CHAIN: [along[:, -1]],
+        "NoProp: mean of blocks along the chain": [averaged(along)],
+        "NoProp: mean of blocks, each from z = 0": [averaged(alone)],
+        BLOCK: [along[:, 0]],
+        ONE: list(plain.unbind(1)),
+        "four CNNs, averaged": [averaged(plain[:, i : i + 4]) for i in (0, 4)],
         TEN: [averaged(plain)],
     }
 
@@ -161,13 +162,30 @@ def packed(log_p: Tensor, label: Tensor) -> np.ndarray:
     return torch.stack([top, true]).half().numpy()
 
 
+def temperature(log_p: Tensor, label: Tensor) -> float:
+    """Of validation images: the temperature by which log p is divided for the smallest loss (1706.04599)."""
+    tried = torch.logspace(-0.5, 1.2, 69, dtype=torch.float64).tolist()
+    losses = [F.nll_loss((log_p / x).log_softmax(-1), label).item() for x in tried]
+    return tried[int(np.argmin(losses))]
+
+
 def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data) -> None:
-    """Answer the test images, once, and keep what is needed for accuracy, loss and calibration."""
+    """Answer the test images, once, and keep what is needed for accuracy, loss and calibration.
+
+    "tempered" is loss and calibration error of each row after temperature(), (rows, 2).
+    """
     path = RESULTS / f"control-{dataset}-{replicate}.npz"
-    if not path.exists():
-        found = answers(dataset, replicate, lr, data.test)
-        rows = {name: np.stack([packed(x, data.test.labels) for x in row]) for name, row in found.items()}
-        np.savez_compressed(path, **rows)
+    if path.exists():
+        return
+    test, val = (answers(dataset, replicate, lr, split) for split in (data.test, data.val))
+    rows, tempered = {}, []
+    for name, found in test.items():
+        rows[name] = np.stack([packed(x, data.test.labels) for x in found])
+        degrees = [temperature(x, data.val.labels) for x in val[name]]
+        found = [(x / degree).log_softmax(-1) for x, degree in zip(found, degrees, strict=True)]
+        found = np.stack([packed(x, data.test.labels) for x in found])
+        tempered.append([right_and_loss(found)[1].mean(), np.mean([calibration_error(x) for x in found])])
+    np.savez_compressed(path, **rows, tempered=np.array(tempered))
 
 
 def right_and_loss(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,27 +204,33 @@ def calibration_error(kept: np.ndarray, bins: int = 15) -> float:
 # --- Report ------------------------------------------------------------------------------------------------
 
 
-def differences(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, tuple[float, ...]]:
-    """Each row minus TEN, and its 95 % interval: bootstrap over images, the same for all, and replicates.
+def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, np.ndarray]:
+    """Means of each row: its own, then bootstrap draws of it, over images and over replicates, (1 + draws,).
 
-    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Draws R - 1 of R replicates, which makes the variance of
-    their mean unbiased; of one replicate, the interval is over images only.
+    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are the same for all rows, replicates for all of
+    NoProp and for all CNNs. R - 1 of R replicates are drawn, which makes the variance of their mean unbiased;
+    of one replicate, the draws are over images only.
     """
-    rng, kept = np.random.default_rng(0), {name: right_and_loss(x)[which].mean(1) for name, x in rows.items()}
-    R, N = kept[TEN].shape
+    rng, found = np.random.default_rng(0), {}
+    R, _, _, N = rows[TEN].shape
     images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
-
-    def resampled(values: np.ndarray) -> np.ndarray:
-        chosen = rng.integers(R, size=(max(R - 1, 1), draws))
-        return np.take_along_axis(values @ images, chosen, 0).mean(0)
-
-    ten = resampled(kept[TEN])
-    ends = {name: np.quantile(resampled(x) - ten, [0.025, 0.975]) for name, x in kept.items() if name != TEN}
-    return {name: (kept[name].mean() - kept[TEN].mean(), *pair) for name, pair in ends.items()}
+    chosen = rng.integers(R, size=(2, max(R - 1, 1), draws))
+    for name, kept in rows.items():
+        values = right_and_loss(kept)[which].mean(1)
+        drawn = np.take_along_axis(values @ images, chosen[int(name.startswith("NoProp"))], 0)
+        found[name] = np.concatenate([[values.mean()], drawn.mean(0)])
+    return found
 
 
-def verdict(low: float, high: float, replicates: int) -> str:
-    """What an interval of a difference in accuracy says; of one replicate, nothing."""
+def interval(apart: np.ndarray, digits: int) -> str:
+    """A difference, and its 95 % interval, of what resampled() returns."""
+    low, high = np.quantile(apart[1:], [0.025, 0.975])
+    return f"{apart[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def verdict(apart: np.ndarray, replicates: int) -> str:
+    """What the interval of a difference in accuracy says; of one replicate, nothing."""
+    low, high = np.quantile(apart[1:], [0.025, 0.975])
     if replicates < 2:
         return "one replicate"
     if max(-low, high) < MARGIN:
@@ -220,18 +244,22 @@ def measured(kept: np.ndarray) -> list[list[float]]:
     return [*(x.mean((1, 2)).tolist() for x in right_and_loss(kept)), errors]
 
 
-def table(rows: dict[str, np.ndarray]) -> str:
-    """The Markdown table of a data set."""
-    lines = ["| | accuracy | nll | ECE | accuracy − ten CNNs' | | nll − ten CNNs' |", "|---" * 7 + "|"]
-    accuracy, loss = (differences(rows, which) for which in (0, 1))
-    for name, kept in rows.items():
-        cells = [mean_and_error(x, digits) for x, digits in zip(measured(kept), (2, 4, 2), strict=True)]
-        apart = [""] * 3
-        if name != TEN:
-            a, b = accuracy[name], loss[name]
-            apart = ["{:+.2f} [{:+.3f}, {:+.3f}]".format(*a), verdict(*a[1:], len(kept))]
-            apart += ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*b)]
+def table(rows: dict[str, np.ndarray], tempered: np.ndarray) -> str:
+    """The Markdown tables of a data set: the rows, and what ten earn over one; tempered: (R, rows, 2)."""
+    columns = "", "accuracy", "nll", "ECE", "nll, tempered", "ECE, tempered"
+    columns += "accuracy − ten CNNs'", "verdict", "nll − ten CNNs'"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    accuracy, loss = (resampled(rows, which) for which in (0, 1))
+    for i, (name, kept) in enumerate(rows.items()):
+        values = zip([*measured(kept), *tempered[:, i].T.tolist()], (2, 4, 2, 4, 2), strict=True)
+        cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
+        a, b = (x[name] - x[TEN] for x in (accuracy, loss))
+        apart = [interval(a, 2), verdict(a, len(kept)), interval(b, 4)] if name != TEN else [""] * 3
         lines.append(f"| {' | '.join([name, *cells, *apart])} |")
+    lines += ["", "| | accuracy | nll |", "|---|---|---|"]
+    for more, less in ((CHAIN, BLOCK), (TEN, ONE), (BLOCK, ONE)):
+        apart = interval(accuracy[more] - accuracy[less], 2), interval(loss[more] - loss[less], 4)
+        lines.append(f"| {more} − {less} | {' | '.join(apart)} |")
     return "\n".join(lines)
 
 
@@ -242,7 +270,7 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
     figure = Figure(figsize=(11, 0.6 + 2.3 * len(tables)), layout="constrained")
     panels = figure.subplots(len(tables), 3, sharey=True, squeeze=False)
     for row, (dataset, rows) in zip(panels, tables.items(), strict=True):
-        titles = "test error, %", "nll", "calibration error, points"
+        titles = "test error, %", "nll", "ECE, points"
         for column, (axes, title) in enumerate(zip(row, titles, strict=True)):
             for y, (name, kept) in enumerate(rows.items()):
                 x = np.array(measured(kept)[column]) * (1 if column else -1) + (0 if column else 100)
@@ -280,7 +308,8 @@ def report() -> int:
     for dataset, name in DATASETS.items():
         if files := [np.load(path) for path in sorted(RESULTS.glob(f"control-{dataset}-[0-9].npz"))]:
             rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
-            parts += [f"**{name}**, {len(files)} replicates", table(rows), tried(dataset)]
+            tempered = rows.pop("tempered")
+            parts += [f"**{name}**, replicates: {len(files)}", table(rows, tempered), tried(dataset)]
             tables[dataset] = rows
     noprop.say(text := "\n\n".join(parts))
     write("control", text)
