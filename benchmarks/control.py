@@ -123,14 +123,14 @@ def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str
 
 
 def rates(dataset: str, data: noprop.Data, threads: int, kinds=(cnns,)) -> dict[str, float]:
-    """The learning rates of chain and CNNs, after trying the grid on kinds; the chain keeps the script's."""
+    """The learning rates of chain and CNNs, after trying the grid on kinds; else the chain has the script's."""
     path = RESULTS / f"control-{dataset}-rates.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for kind in kinds:
         if kind.__name__ not in found:
             found[kind.__name__] = choose_rate(kind, data, dataset, threads)
             path.write_text(json.dumps(found, indent=1) + "\n")
-    return {"chain": LabConfig.lr, "cnns": float(next(iter(found["cnns"])))}
+    return {"chain": LabConfig.lr} | {kind: float(next(iter(by_rate))) for kind, by_rate in found.items()}
 
 
 # --- Answers -----------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def write(mark: str, content: str) -> None:
 def tried(dataset: str) -> str:
     """The learning rates that were tried, in words."""
     found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
-    text = "Validation loss (and accuracy) by learning rate, of which the CNNs get that of the smallest loss"
+    text = "Validation loss (and accuracy) by learning rate, of which the smallest loss is chosen"
     for kind, of_kind in found.items():
         losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
         text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
