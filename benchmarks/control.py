@@ -123,7 +123,7 @@ def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str
 
 
 def rates(dataset: str, data: noprop.Data, threads: int, kinds=(cnns,)) -> dict[str, float]:
-    """The learning rates of chain and CNNs, after trying the grid on kinds; else the chain has the script's."""
+    """The learning rates of chain and CNNs, kinds after a grid; untried, the chain's is the script's."""
     path = RESULTS / f"control-{dataset}-rates.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for kind in kinds:
