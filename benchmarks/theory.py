@@ -117,6 +117,7 @@ def measure(model: noprop.NoProp, split: noprop.Split) -> dict[str, list[float]]
     predictions = {
         "formula, p at z = 0": formula(at_zero, reader.W, model.alpha_bar),
         "formula, p over z": formula(over_z, reader.W, model.alpha_bar),
+        "formula, block 1's p": formula(at_zero[:, :1].expand_as(at_zero), reader.W, model.alpha_bar),
         "block t from z = 0": torch.stack([reader.log_pi(t, reader.zero) for t in blocks], 1).exp(),
         "mean of blocks 1 … t-1": torch.cat([before[:, :1], before[:, :-1]], 1),
         "block 1": along[:, :1].exp().expand_as(along),
