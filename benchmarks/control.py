@@ -1,0 +1,343 @@
+"""Is it diffusion, or ten networks? NoProp's chain of ten beside ten plain CNNs of one block's size.
+
+    python benchmarks/control.py mnist                            train what is missing, evaluate, report
+    python benchmarks/control.py fashion_mnist --data-root DIR    DIR has the four files, or FashionMNIST/raw
+    python benchmarks/control.py --report                         tables and picture, from benchmarks/results/
+
+The CNNs see no noise and no label: they are the twin with one block, trained by cross-entropy, each with its
+own seed, at the chain's weights, images, epochs, augmentation, averaging of weights and selection. Networks
+are kept in runs/control/ below the current folder, and those that are there are not trained again; what they
+answer on the test images is kept in benchmarks/results/control-DATASET-REPLICATE.npz.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import noprop_example as noprop
+from benchmarks.seeds import mean as mean_and_error
+from noprop_lab import backprop, networks
+from noprop_lab.data import load_data
+from noprop_lab.settings import LabConfig
+
+RESULTS, DOCS = Path(__file__).parent / "results", Path(noprop.__file__).parent / "docs"
+DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+RATES = (0.0035, 0.007, 0.014, 0.028, 0.056)  # the middle one is NoProp's, which a search on MNIST left
+MARGIN = 0.05  # points of accuracy within which two answers are called the same
+CHAIN, BLOCK, ONE, TEN = "NoProp: chain of ten", "NoProp: block 1", "one CNN", "ten CNNs, averaged"
+
+
+# --- Networks ----------------------------------------------------------------------------------------------
+
+
+def chain(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
+    """NoProp's default. Seeds from 5: its settings were chosen on seeds 0 to 4."""
+    return [LabConfig(dataset=dataset, seed=5 + replicate, lr=lr)]
+
+
+def cnns(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
+    """Ten plain CNNs of one block's size, each with its own weights, order of images and augmentation."""
+    rest = dict(dataset=dataset, lr=lr, num_blocks=1, step_threads=1)
+    return [backprop.BackpropConfig(seed=100 + 10 * replicate + i, **rest) for i in range(10)]
+
+
+def path_of(config: LabConfig) -> Path:
+    """Where the trained network of a config is kept."""
+    return Path("runs/control") / config.dataset / f"{config.objective}-lr{config.lr}-seed{config.seed}.pt"
+
+
+def fit(config: LabConfig, data: noprop.Data, digest: str, threads: int) -> None:
+    """Train a network on the training images; keep what the validation images select."""
+    state = networks.LabState(config)
+    step = backprop.train_step if config.objective == "backprop" else noprop.train_step
+    for _ in noprop.train(state, data._replace(test=None), step, threads):
+        pass
+    path_of(config).parent.mkdir(parents=True, exist_ok=True)
+    state.save(path_of(config), digest)
+
+
+def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
+    """Train what is missing: a chain's blocks side by side, and as many CNNs at once as there are threads."""
+    missing = [config for config in configs if not path_of(config).exists()]
+    digest, started, blocks = data.digest(), time.perf_counter(), [x.num_blocks for x in missing]
+    done: list[int] = []
+
+    def one(config: LabConfig, threads: int = 1) -> None:
+        fit(config, data, digest, threads)
+        done.append(config.num_blocks)
+        left = (time.perf_counter() - started) / sum(done) * (sum(blocks) - sum(done)) / 60
+        noprop.say(f"{path_of(config)}: {len(done)} of {len(missing)}; about {left:.0f} min left of these")
+
+    for config in missing:
+        if config.num_blocks > 1:
+            one(config, threads)
+    with noprop.workers(noprop.CPU, threads) as parallel:
+        list(parallel(one, [config for config in missing if config.num_blocks == 1]))
+
+
+@torch.inference_mode()
+def log_probabilities(config: LabConfig, split: noprop.Split, chained=True) -> Tensor:
+    """log p after every block of a trained network, or of every block from z = 0, (N, T, classes)."""
+    model = networks.load(path_of(config))
+
+    def alone(x: Tensor) -> Tensor:
+        steps = (model.step(t, x, model.start(x)) for t in range(1, config.num_blocks + 1))
+        return torch.stack([model.classify(*step) for step in steps], 1)
+
+    logits = [(model if chained else alone)(noprop.to_float(x)) for x in split.images.split(500)]
+    return torch.cat(logits).double().log_softmax(-1)
+
+
+def averaged(log_p: Tensor) -> Tensor:
+    """log of the mean of probabilities, (N, networks, classes) -> (N, classes)."""
+    return log_p.logsumexp(1) - np.log(log_p.shape[1])
+
+
+def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str, dict[str, float]]:
+    """Validation loss and accuracy by learning rate, the best first; of a chain, or of two CNNs averaged.
+
+    By the loss, as in NoProp's own search. The grid is walked from its middle, as long as the loss falls.
+    """
+    found: dict[float, dict[str, float]] = {}
+    label, wanted = data.val.labels, [len(RATES) // 2 + x for x in (0, -1, 1)]
+    while wanted:
+        for lr in (RATES[at] for at in wanted):
+            configs = kind(dataset, 0, lr)[:2]
+            train(configs, data, threads)
+            log_p = averaged(torch.stack([log_probabilities(x, data.val)[:, -1] for x in configs], 1))
+            accuracy = 100 * (log_p.argmax(-1) == label).double().mean().item()
+            found[lr] = {"loss": -log_p.gather(1, label[:, None]).mean().item(), "accuracy": accuracy}
+            noprop.say(f"{dataset} {kind.__name__}, learning rate {lr}: validation {found[lr]}")
+        best = RATES.index(min(found, key=lambda lr: found[lr]["loss"]))
+        wanted = [x for x in (best - 1, best + 1) if 0 <= x < len(RATES) and RATES[x] not in found]
+    return {str(lr): value for lr, value in sorted(found.items(), key=lambda item: item[1]["loss"])}
+
+
+def rates(dataset: str, data: noprop.Data, threads: int, kinds=(cnns,)) -> dict[str, float]:
+    """The learning rates of chain and CNNs, kinds after a grid; untried, the chain's is the script's."""
+    path = RESULTS / f"control-{dataset}-rates.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for kind in kinds:
+        if kind.__name__ not in found:
+            found[kind.__name__] = choose_rate(kind, data, dataset, threads)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    return {"chain": LabConfig.lr} | {kind: float(next(iter(by_rate))) for kind, by_rate in found.items()}
+
+
+# --- Answers -----------------------------------------------------------------------------------------------
+
+
+def answers(
+    dataset: str, replicate: int, lr: dict[str, float], split: noprop.Split
+) -> dict[str, list[Tensor]]:
+    """log p (N, classes) of what is compared, by row; several where a replicate has several of a kind."""
+    [noprop_] = chain(dataset, replicate, lr["chain"])
+    along, alone = (log_probabilities(noprop_, split, chained) for chained in (True, False))
+    plain = cnns(dataset, replicate, lr["cnns"])
+    plain = torch.cat([log_probabilities(config, split) for config in plain], 1)  # (N, 10, classes)
+    return {
+        CHAIN: [along[:, -1]],
+        "NoProp: mean of blocks along the chain": [averaged(along)],
+        "NoProp: mean of blocks, each from z = 0": [averaged(alone)],
+        BLOCK: [along[:, 0]],
+        ONE: list(plain.unbind(1)),
+        "four CNNs, averaged": [averaged(plain[:, i : i + 4]) for i in (0, 4)],
+        TEN: [averaged(plain)],
+    }
+
+
+def packed(log_p: Tensor, label: Tensor) -> np.ndarray:
+    """Of each image log p of the answer, and log p of the label, or 0 where that is the answer: (2, N)."""
+    top, answer = log_p.max(-1)
+    true = log_p.gather(1, label[:, None])[:, 0].where(answer != label, 0)
+    return torch.stack([top, true]).half().numpy()
+
+
+def temperature(log_p: Tensor, label: Tensor) -> float:
+    """Of validation images: the temperature by which log p is divided for the smallest loss (1706.04599)."""
+    tried = torch.logspace(-0.5, 1.2, 69, dtype=torch.float64).tolist()
+    losses = [F.nll_loss((log_p / x).log_softmax(-1), label).item() for x in tried]
+    return tried[int(np.argmin(losses))]
+
+
+def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data) -> None:
+    """Answer the test images, once, and keep what is needed for accuracy, loss and calibration.
+
+    "tempered" is loss and calibration error of each row after temperature(), (rows, 2).
+    """
+    path = RESULTS / f"control-{dataset}-{replicate}.npz"
+    if path.exists():
+        return
+    test, val = (answers(dataset, replicate, lr, split) for split in (data.test, data.val))
+    rows, tempered = {}, []
+    for name, found in test.items():
+        rows[name] = np.stack([packed(x, data.test.labels) for x in found])
+        degrees = [temperature(x, data.val.labels) for x in val[name]]
+        found = [(x / degree).log_softmax(-1) for x, degree in zip(found, degrees, strict=True)]
+        found = np.stack([packed(x, data.test.labels) for x in found])
+        tempered.append([right_and_loss(found)[1].mean(), np.mean([calibration_error(x) for x in found])])
+    np.savez_compressed(path, **rows, tempered=np.array(tempered))
+
+
+def right_and_loss(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of what packed() has kept, (..., 2, N): 100 where the answer is right; and -log p of the label."""
+    top, true = np.moveaxis(kept.astype(float), -2, 0)
+    return 100.0 * (true == 0), -np.where(true == 0, top, true)
+
+
+def calibration_error(kept: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error in points, of bins with equally many images; kept: (2, N)."""
+    confidence, right = 100 * np.exp(kept[0].astype(float)), right_and_loss(kept)[0]
+    order = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    return sum(len(x) * abs(confidence[x].mean() - right[x].mean()) for x in order) / len(right)
+
+
+# --- Report ------------------------------------------------------------------------------------------------
+
+
+def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, np.ndarray]:
+    """Means of each row: its own, then bootstrap draws of it, over images and over replicates, (1 + draws,).
+
+    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are the same for all rows, replicates for all of
+    NoProp and for all CNNs. R - 1 of R replicates are drawn, which makes the variance of their mean unbiased;
+    of one replicate, the draws are over images only.
+    """
+    rng, found = np.random.default_rng(0), {}
+    R, _, _, N = rows[TEN].shape
+    images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
+    chosen = rng.integers(R, size=(2, max(R - 1, 1), draws))
+    for name, kept in rows.items():
+        values = right_and_loss(kept)[which].mean(1)
+        drawn = np.take_along_axis(values @ images, chosen[int(name.startswith("NoProp"))], 0)
+        found[name] = np.concatenate([[values.mean()], drawn.mean(0)])
+    return found
+
+
+def interval(apart: np.ndarray, digits: int) -> str:
+    """A difference, and its 95 % interval, of what resampled() returns."""
+    low, high = np.quantile(apart[1:], [0.025, 0.975])
+    return f"{apart[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def verdict(apart: np.ndarray, replicates: int) -> str:
+    """What the interval of a difference in accuracy says; of one replicate, nothing."""
+    low, high = np.quantile(apart[1:], [0.025, 0.975])
+    if replicates < 2:
+        return "one replicate"
+    if max(-low, high) < MARGIN:
+        return "the same"
+    return "better" if low > 0 else "worse" if high < 0 else "not resolved"
+
+
+def measured(kept: np.ndarray) -> list[list[float]]:
+    """Accuracy, loss and calibration error of a row, (R, n, 2, N): a value a replicate."""
+    errors = [np.mean([calibration_error(x) for x in replicate]) for replicate in kept]
+    return [*(x.mean((1, 2)).tolist() for x in right_and_loss(kept)), errors]
+
+
+def table(rows: dict[str, np.ndarray], tempered: np.ndarray) -> str:
+    """The Markdown tables of a data set: the rows, and what ten earn over one; tempered: (R, rows, 2)."""
+    columns = "", "accuracy", "nll", "ECE", "nll, tempered", "ECE, tempered"
+    columns += "accuracy − ten CNNs'", "verdict", "nll − ten CNNs'"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    accuracy, loss = (resampled(rows, which) for which in (0, 1))
+    for i, (name, kept) in enumerate(rows.items()):
+        values = zip([*measured(kept), *tempered[:, i].T.tolist()], (2, 4, 2, 4, 2), strict=True)
+        cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
+        a, b = (x[name] - x[TEN] for x in (accuracy, loss))
+        apart = [interval(a, 2), verdict(a, len(kept)), interval(b, 4)] if name != TEN else [""] * 3
+        lines.append(f"| {' | '.join([name, *cells, *apart])} |")
+    lines += ["", "| | accuracy | nll |", "|---|---|---|"]
+    for more, less in ((CHAIN, BLOCK), (TEN, ONE), (BLOCK, ONE)):
+        apart = interval(accuracy[more] - accuracy[less], 2), interval(loss[more] - loss[less], 4)
+        lines.append(f"| {more} − {less} | {' | '.join(apart)} |")
+    return "\n".join(lines)
+
+
+def draw(tables: dict[str, dict[str, np.ndarray]]):
+    """Test error, loss and calibration error: a dot a replicate, a line at their mean; a data set a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.6 + 2.3 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), 3, sharey=True, squeeze=False)
+    for row, (dataset, rows) in zip(panels, tables.items(), strict=True):
+        titles = "test error, %", "nll", "ECE, points"
+        for column, (axes, title) in enumerate(zip(row, titles, strict=True)):
+            for y, (name, kept) in enumerate(rows.items()):
+                x = np.array(measured(kept)[column]) * (1 if column else -1) + (0 if column else 100)
+                color = "#0072B2" if name.startswith("NoProp") else "#D55E00"
+                axes.plot(x, np.full(len(x), y), "o", color=color, alpha=0.35, markersize=5)
+                axes.plot(x.mean(), y, "|", color=color, markersize=16, markeredgewidth=2)
+            axes.set(title=f"{DATASETS[dataset]}: {title}", yticks=range(len(rows)), yticklabels=list(rows))
+            axes.title.set_fontsize(10)
+            axes.grid(alpha=0.3)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.margins(x=0.1)
+    return figure
+
+
+def write(mark: str, content: str) -> None:
+    """Put content into docs/evidence.md, between its marks."""
+    path, begin, end = DOCS / "evidence.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
+
+
+def tried(dataset: str) -> str:
+    """The learning rates that were tried, in words."""
+    found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
+    text = "Validation loss (and accuracy) by learning rate, of which the smallest loss is chosen"
+    for kind, of_kind in found.items():
+        losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
+        text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
+    return text + "."
+
+
+def report() -> int:
+    """Print the tables, put them into docs/evidence.md, and draw the picture."""
+    tables, parts = {}, ["![Error, loss and calibration of chain and CNNs](img/evidence_control.png)"]
+    for dataset, name in DATASETS.items():
+        if files := [np.load(path) for path in sorted(RESULTS.glob(f"control-{dataset}-[0-9].npz"))]:
+            rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
+            tempered = rows.pop("tempered")
+            parts += [f"**{name}**, replicates: {len(files)}", table(rows, tempered), tried(dataset)]
+            tables[dataset] = rows
+    noprop.say(text := "\n\n".join(parts))
+    write("control", text)
+    return noprop.picture(draw, DOCS / "img" / "evidence_control.png", tables)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("dataset", choices=DATASETS, nargs="?")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--chain-rates", action="store_true", help="try the grid on NoProp too")
+    parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
+    parser.add_argument("--replicates", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    if not (given.dataset or given.report):
+        parser.error("name a data set, or --report")
+    if not given.report:
+        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
+        kinds = (cnns, chain) if given.chain_rates else (cnns,)
+        lr = rates(given.dataset, data, given.threads, kinds)
+        for replicate in range(given.replicates):
+            of_one = [x for kind in (chain, cnns) for x in kind(given.dataset, replicate, lr[kind.__name__])]
+            train(of_one, data, given.threads)
+        for replicate in range(given.replicates):
+            evaluate(given.dataset, replicate, lr, data)
+    return report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
