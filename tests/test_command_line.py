@@ -142,7 +142,7 @@ MOVED = {
     "--embedding prototype": "train --embedding prototype",
     "--merge a.pt b.pt": "merge a.pt b.pt",
     "--run-hpo --hpo-storage x": "search --hpo-storage x",
-    "--run-hpo --hpo-timeout=300": "search --hpo-timeout 60",
+    "--run-hpo --hpo-timeout=60": "search --hpo-timeout 60",
     "--hpo_objective error": "search --hpo_objective error",
     "--no-hpo-final-run": "search --no-hpo-final-run",
     "--evaluate a.pt --early-exit 0.9": "evaluate a.pt --early-exit 0.9",
