@@ -157,7 +157,7 @@ class DenoisingBlockPaper(nn.Module):
         stride 2 (0: none), a batch norm, to which the pool leaves a quarter of the work, and a ReLU.
     target: what the network f inside the block computes. "label": f estimates û, and the noise follows,
         ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ). So f need not copy its noisy input and have its error multiplied by
-        1/√ᾱ, 31 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
+        1/√ᾱ, 31.6 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
         "classes", as in the paper: f computes logits, and û = softmax(f) W is a mean of the embeddings W.
     """
 

@@ -1,4 +1,4 @@
-"""What the best block computes, and what the chain then does: evidence.md, "What a block can learn"."""
+"""The best possible block, and the chain of such: docs/evidence.md, "What a block can learn"."""
 
 import pytest
 import torch

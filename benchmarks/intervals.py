@@ -1,0 +1,69 @@
+"""Accuracy, likelihood and calibration from what is kept of each image, and paired bootstrap intervals."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MARGIN = 0.05  # points of accuracy within which two answers are called the same
+
+
+def packed(log_p: Tensor, label: Tensor) -> np.ndarray:
+    """Of each image log p of the answer, and log p of the label, or 0 where that is the answer: (2, N)."""
+    top, answer = log_p.max(-1)
+    true = log_p.gather(1, label[:, None])[:, 0].where(answer != label, 0)
+    return torch.stack([top, true]).half().numpy()
+
+
+def right_and_loss(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of what packed() has kept, (..., 2, N): 100 where the answer is right; and -log p of the label."""
+    top, true = np.moveaxis(kept.astype(float), -2, 0)
+    return 100.0 * (true == 0), -np.where(true == 0, top, true)
+
+
+def calibration_error(kept: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error in points, of bins with equally many images; kept: (2, N)."""
+    confidence, right = 100 * np.exp(kept[0].astype(float)), right_and_loss(kept)[0]
+    order = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    return sum(len(x) * abs(confidence[x].mean() - right[x].mean()) for x in order) / len(right)
+
+
+def temperature(log_p: Tensor, label: Tensor) -> float:
+    """Of validation images: the temperature by which log p is divided for the smallest loss (1706.04599)."""
+    tried = torch.logspace(-0.5, 1.2, 69, dtype=torch.float64).tolist()
+    losses = [F.nll_loss((log_p / x).log_softmax(-1), label).item() for x in tried]
+    return tried[int(np.argmin(losses))]
+
+
+def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, np.ndarray]:
+    """Means of each row: its own, then bootstrap draws of it, over images and over replicates, (1 + draws,).
+
+    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are the same for all rows, replicates for all of
+    NoProp and for all CNNs. R - 1 of R replicates are drawn, which makes the variance of their mean unbiased;
+    of one replicate, the draws are over images only.
+    """
+    rng, found = np.random.default_rng(0), {}
+    R, _, _, N = next(iter(rows.values())).shape
+    images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
+    chosen = rng.integers(R, size=(2, max(R - 1, 1), draws))
+    for name, kept in rows.items():
+        values = right_and_loss(kept)[which].mean(1)
+        drawn = np.take_along_axis(values @ images, chosen[int(name.startswith("NoProp"))], 0)
+        found[name] = np.concatenate([[values.mean()], drawn.mean(0)])
+    return found
+
+
+def interval(apart: np.ndarray, digits: int) -> str:
+    """A difference, and its 95 % interval, of what resampled() returns."""
+    low, high = np.quantile(apart[1:], [0.025, 0.975])
+    return f"{apart[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def verdict(apart: np.ndarray, replicates: int) -> str:
+    """What the interval of a difference in accuracy says; of one replicate, nothing."""
+    low, high = np.quantile(apart[1:], [0.025, 0.975])
+    if replicates < 2:
+        return "one replicate"
+    if max(-low, high) < MARGIN:
+        return "the same"
+    return "better" if low > 0 else "worse" if high < 0 else "not resolved"
