@@ -54,8 +54,8 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
 }
 OBJECTIVES = ["dt", "backprop", "flows", "ct", "fm", "early_exit"]
 MUTATED = (SCRIPT, *(f"{LAB}/{name}.py" for name in OBJECTIVES))
-BUDGET = 60  # seconds, without a mutant, of the tests that are run for one
-STUCK = 120  # seconds that a test may take, and all of them whatever they take without a mutant
+BUDGET = 20  # seconds, without a mutant, of the tests that are run for one
+STUCK = 60  # seconds that a test may take, and all of them whatever they take without a mutant
 POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
 OUTCOMES = {0: "survived", 1: "killed", 5: "survived"}  # 5: pytest has found no test
 NOTES = ("annotation", "returns")  # of nodes of ast
