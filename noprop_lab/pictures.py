@@ -1,23 +1,378 @@
-"""A user's pictures, as the data set of a network has its own."""
+"""A user's pictures, as the data set of a network has its own; handwriting is found on photographed paper.
+
+From a photograph to images like MNIST's (read_digits):
+    upright, at most SIDE pixels large                              open_upright
+    the sheet of paper, if a darker desk lies around it             find_sheet
+    ink = 1 - picture / ground, weighed by the ink's own colour     ink_of
+    without the lines of ruled and squared paper, and frames        without_lines
+    connected strokes, put together to digits, from left to right   find_digits
+    each thickened to MNIST's strokes, 20 pixels large, centred     like_mnist
+Lengths are fractions of the picture's longer side where they can be.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from noprop_example import open_picture, read_digit
+from noprop_example import Failure
 from noprop_lab.settings import LabConfig
+
+SIDE = 800  # pixels of the longer side, to which pictures are shrunk
+SMALL = 300  # pixels, to which small ones are enlarged
+FAINT = 0.1  # of the light that ink takes away, at least; a hard pencil takes a quarter
+STROKE = 0.12  # width of a stroke, of a digit's size, to which thinner ones are thickened: MNIST's are so
 
 
 def read_picture(path: Path, config: LabConfig) -> Tensor:
     """A picture file as the config's data set has its images, uint8 (C, H, W). Raises Failure."""
-    from PIL import ImageOps
-
-    if config.dataset in ("mnist", "kmnist"):
-        return read_digit(path)
     channels, *size = config.image_shape
-    fitted = np.array(ImageOps.fit(open_picture(path).convert("RGB" if channels == 3 else "L"), size[::-1]))
+    picture = open_upright(path)
+    if config.dataset == "fashion_mnist":
+        return torch.from_numpy(light_on_dark(picture, size[0])).unsqueeze(0)
+    fitted = np.array(ImageOps.fit(on_white(picture).convert("RGB"), size[::-1]))
     return torch.from_numpy(fitted).view(*size, channels).permute(2, 0, 1)
+
+
+def read_pictures(path: Path, config: LabConfig) -> Tensor:
+    """What there is to classify in a picture file, uint8 (N, C, H, W): of digits, all from left to right.
+
+    Raises Failure for a file that can't be read, and where nothing looks like a digit.
+    """
+    if config.dataset in ("mnist", "kmnist"):
+        return read_digits(path, size=20 if config.dataset == "mnist" else 28)
+    return read_picture(path, config).unsqueeze(0)
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+
+def open_upright(path: Path) -> Image.Image:
+    """A PNG or JPEG as RGBA, upright, its longer side SIDE at most. Raises Failure."""
+    try:
+        with Image.open(path) as file:
+            file.draft(None, (SIDE, SIDE))  # a JPEG need not be unpacked larger
+            deep = file.mode.startswith("I")  # 16 bits, which convert() would clip
+            picture = ImageOps.exif_transpose(file)
+            picture = picture.point(lambda x: x / 256).convert("L") if deep else picture
+        picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
+        if (factor := math.ceil(max(picture.size) / SIDE)) > 1:
+            picture = picture.reduce(factor)
+        return picture.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
+
+
+def on_ground(picture: Image.Image, shade: str) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", picture.size, shade), picture).convert("RGB")
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    return on_ground(picture, "white")
+
+
+# --- Digits on paper ---------------------------------------------------------------------------------------
+
+
+def read_digits(path: Path, size: int = 20) -> Tensor:
+    """The digits in a picture, from left to right, uint8 (N, 1, 28, 28), size pixels large. Raises Failure.
+
+    A picture of 28 by 28 pixels whose ground is even is taken as it is: light on dark, as MNIST's own.
+    """
+    picture = open_upright(path)
+    if picture.size == (28, 28) and (own := as_it_is(picture)) is not None:
+        return torch.from_numpy(own)[None, None]
+    try:
+        import skimage  # noqa: F401
+    except ImportError as error:
+        raise Failure("pictures take scikit-image: pip install scikit-image", 1) from error
+    found = [like_mnist(x, size) for x in find_digits(picture)]
+    if not found:
+        raise Failure(f"{path} shows nothing that looks like a digit")
+    return torch.from_numpy(np.stack(found)).unsqueeze(1)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """On white, but light ink on little else than nothing is put on black, so that it is seen."""
+    alpha = np.asarray(picture.getchannel("A"), np.float32)
+    if not 0 < alpha.mean() < 128:
+        return on_white(picture)
+    light = (np.asarray(picture.convert("RGB").convert("L")) * alpha).sum() / alpha.sum() > 128
+    return on_ground(picture, "black" if light else "white")
+
+
+def as_it_is(picture: Image.Image) -> np.ndarray | None:
+    """The pixels of an image of the data set's own size, light on dark; None if its ground is not even."""
+    gray = np.asarray(opaque(picture).convert("L"))
+    border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    ground = np.median(border)
+    if ground not in (0, 255) or (border == ground).mean() < 0.9 or np.ptp(gray) < 128:
+        return None
+    return gray if ground == 0 else 255 - gray
+
+
+def find_digits(picture: Image.Image) -> list[np.ndarray]:
+    """Of each digit, from left to right, its ink 0 ... 1 in its box."""
+    pixels = np.asarray(enlarged(opaque(picture)), np.float32) / 255  # (H, W, 3)
+    pixels = within_sheet(pixels)
+    if light_ink(pixels.mean(-1)):
+        pixels = 1 - pixels
+    ink = ink_of(pixels)
+    return digits_of(without_lines(ink), ink)
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """Small pictures larger, so that a stroke is some pixels wide."""
+    factor = math.ceil(SMALL / max(picture.size))
+    return picture.resize([factor * x for x in picture.size], Image.Resampling.BICUBIC)
+
+
+def shrunk(gray: np.ndarray, side: int) -> np.ndarray:
+    """Means over squares, so many that the longer side has about that many."""
+    factor = max(1, max(gray.shape) // side)
+    return np.asarray(Image.fromarray(gray).reduce(factor))
+
+
+def light_ink(gray: np.ndarray) -> bool:
+    """Whether what differs from its wide surroundings' median is mostly lighter."""
+    from scipy import ndimage
+
+    small = shrunk(gray, 64)
+    differs = small - ndimage.median_filter(small, 33, mode="nearest")
+    differs[abs(differs) < 0.03] = 0
+    return (differs * abs(differs)).sum() > 0
+
+
+def within_sheet(pixels: np.ndarray) -> np.ndarray:
+    """Where a light sheet lies on a darker desk, the desk gets the colours of the sheet's edge.
+
+    The sheet is the largest light region, of straight sides and with a sharp edge, if the desk is along half of
+    the picture's border; light that falls off, and shadows, are no desk.
+    """
+    from scipy import ndimage
+    from skimage import filters, measure
+
+    small = ndimage.grey_closing(shrunk(pixels.mean(-1), 100), size=9)  # without ink
+    if np.ptp(small) < 0.15:
+        return pixels
+    labels = measure.label(small > filters.threshold_otsu(small))
+    sheet = ndimage.binary_fill_holes(labels == np.bincount(labels.flat)[1:].argmax() + 1)
+    border = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
+    inside, around = ndimage.binary_erosion(sheet, iterations=2), ndimage.binary_dilation(sheet, iterations=2)
+    if border.mean() > 0.5 or not 0.1 < sheet.mean() < 0.97 or rectangular(sheet) < 0.82 or not inside.any():
+        return pixels
+    near = small[inside & ~ndimage.binary_erosion(inside, iterations=2)].mean()
+    step = near - small[ndimage.binary_dilation(around, iterations=2) & ~around].mean()
+    if step < max(0.15, 0.6 * (small[sheet].mean() - small[~sheet].mean())):
+        return pixels
+    mask = np.asarray(Image.fromarray(inside).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
+    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    return pixels[tuple(nearest)]
+
+
+def rectangular(region: np.ndarray) -> float:
+    """The share of a region in the smallest rectangle, turned as need be, around it: an ellipse has 0.79."""
+    y, x = np.nonzero(region)
+    angles = np.radians(np.arange(0, 90, 3))[:, None]
+    extents = [np.ptp(x * np.cos(a) + y * np.sin(a), axis=1) + 1 for a in (angles, angles + np.pi / 2)]
+    return len(x) / (extents[0] * extents[1]).min()
+
+
+def ink_of(pixels: np.ndarray) -> np.ndarray:
+    """The share of light that ink takes away, (H, W), of pictures (H, W, 3) with dark ink.
+
+    The ground is the closing over a window wider than a stroke: it follows falling light and a shadow's edge.
+    Colours count by how much the darkest ink takes of them: so print in another colour than the ink fades.
+    """
+    from scipy import ndimage
+
+    pixels = ndimage.gaussian_filter(pixels, (0.8, 0.8, 0))
+    window = max(pixels.shape) // 4
+    ground = ndimage.grey_closing(pixels, size=(window, window, 1), mode="nearest")
+    taken = (1 - pixels / ground.clip(0.05)).clip(0)
+    strongest = taken.max(-1)
+    weights = taken[strongest >= 0.7 * np.percentile(strongest, 99.9)].mean(0)
+    ink = taken @ (weights / max(weights.sum(), 1e-6))
+    paper = np.median(ink)  # noise lies below its own closing
+    return ((ink - paper) / (1 - paper)).clip(0)
+
+
+def noise_of(ink: np.ndarray) -> float:
+    """The deviation of ink where there is none."""
+    values = ink[ink > 0]
+    return 1.5 * float(np.median(values)) if len(values) else 0.0  # half of a normal deviation is below 0.67 of it
+
+
+def without_lines(ink: np.ndarray) -> np.ndarray:
+    """Ink without straight thin lines through most of the picture, level or upright within 6°.
+
+    Where a stroke crosses a line its ink stays: it is taller than the line, or darker.
+    """
+    for axis in (0, 1):
+        turned = ink if axis == 0 else ink.T
+        turned = without_level_lines(turned)
+        ink = turned if axis == 0 else turned.T
+    return ink
+
+
+def without_level_lines(ink: np.ndarray) -> np.ndarray:
+    from scipy import ndimage
+
+    height, width = ink.shape
+    mask = ink > max(0.04, 4 * noise_of(ink))
+    thick = max(3, height // 60)
+    flat = mask & ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))  # no part of a run that is taller
+    y, x = np.nonzero(flat)
+    if not len(x):
+        return ink
+    slopes, best = np.tan(np.radians(np.arange(-6, 6.1, 0.25))), None
+    for slope in slopes:
+        counts = np.bincount((y - slope * (x - width / 2)).round().astype(int) + height, minlength=3 * height)
+        counts = ndimage.uniform_filter1d(counts.astype(np.float32), 3) * 3
+        if best is None or (counts**2).sum() > best[0]:
+            best = (counts**2).sum(), slope, counts
+    _, slope, counts = best
+    rows = np.flatnonzero(counts > 0.6 * width)
+    if not len(rows):
+        return ink
+    near = np.zeros(3 * height, bool)
+    near[rows] = True
+    near = ndimage.binary_dilation(near, iterations=2)
+    y, x = np.mgrid[:height, :width]
+    line = flat & near[(y - slope * (x - width / 2)).round().astype(int) + height]
+    level = np.median(ink[line])
+    line &= ink < 1.5 * level
+    halo = ndimage.binary_dilation(line, np.ones((5, 1))) & (ink < 1.2 * level)
+    halo &= ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))
+    cleaned = np.where(line | halo, 0, ink)
+    # a stroke that was cut through is joined again
+    joined = ndimage.grey_closing(cleaned, size=(thick + 4, 1))
+    return np.where(line | halo, np.minimum(joined, ink), ink)
+
+
+def digits_of(ink: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
+    """The ink of each digit, from left to right."""
+    from scipy import ndimage
+    from skimage import filters, measure
+
+    least = max(FAINT, 6 * noise_of(ink))
+    if not (ink > least).any():
+        return []
+    level = np.percentile(ink[ink > least], 80)
+    mask = filters.apply_hysteresis_threshold(ink, max(0.4 * level, 0.7 * least), max(0.55 * level, least))
+    labels = measure.label(ndimage.binary_closing(np.pad(mask, 2), np.ones((3, 3)))[2:-2, 2:-2])
+    parts = [x for x in measure.regionprops(labels) if x.area > 12]
+    groups = grouped([x for x in parts if not is_frame(x)])
+    groups = [g for g in groups if is_digit(g, ink.shape)]
+    tallest = max((extent(g)[2] - extent(g)[0] for g in groups), default=0)
+    groups = [g for g in groups if extent(g)[2] - extent(g)[0] > 0.4 * tallest]
+    found = []
+    for group in sorted(groups, key=lambda g: extent(g)[1] + extent(g)[3]):
+        top, left, bottom, right = extent(group)
+        own = np.isin(labels[top:bottom, left:right], [x.label for x in group])
+        values = (ink[top:bottom, left:right] / level).clip(0, 1)
+        found.append(np.where(ndimage.binary_dilation(own), values, 0))
+    return found
+
+
+def extent(group) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of some regions."""
+    top, left, bottom, right = zip(*(x.bbox for x in group), strict=True)
+    return min(top), min(left), max(bottom), max(right)
+
+
+def grouped(parts: list) -> list[list]:
+    """Parts of one digit together: those above each other, and small ones close to a large one."""
+    groups = [[x] for x in sorted(parts, key=lambda x: -x.area)]
+    i = 0
+    while i < len(groups):
+        for j in range(i + 1, len(groups)):
+            if belong(extent(groups[i]), extent(groups[j])):
+                groups[i] += groups.pop(j)
+                break
+        else:
+            i += 1
+    return groups
+
+
+def belong(large, small) -> bool:
+    """Whether a smaller box is part of the digit in a larger one."""
+    height, width = large[2] - large[0], large[3] - large[1]
+    beside = max(large[1], small[1]) - min(large[3], small[3])  # gaps; negative: they overlap
+    above = max(large[0], small[0]) - min(large[2], small[2])
+    size = max(height, width)
+    overlap = -beside / min(width, small[3] - small[1])
+    return (overlap > 0.5 and above < 0.25 * size) or (max(beside, above) < 0.04 * size)
+
+
+def is_frame(part) -> bool:
+    """Whether a region has ink in all corners of its box and hardly any inside."""
+    image = part.image
+    height, width = image.shape
+    a, b = -(-height // 10), -(-width // 10)
+    corners = image[:a, :b], image[:a, -b:], image[-a:, :b], image[-a:, -b:]
+    inner = image[a:-a, b:-b]
+    return min(height, width) > 20 and all(x.any() for x in corners) and inner.sum() < 0.1 * image.sum()
+
+
+def is_digit(group, shape) -> bool:
+    """Whether the size and form may be a digit's."""
+    from scipy import ndimage
+
+    top, left, bottom, right = extent(group)
+    height, width = bottom - top, right - left
+    touches = top == 0 or left == 0 or bottom == shape[0] or right == shape[1]
+    fills = height > 0.8 * shape[0] and width > 0.5 * shape[1]
+    if height < 0.04 * max(shape) or height < 0.3 * width or (touches and not fills):
+        return False
+    thickest = max(2 * ndimage.distance_transform_edt(np.pad(x.image, 1)).max() for x in group)
+    return thickest < 0.5 * max(height, width)
+
+
+def like_mnist(ink: np.ndarray, size: int = 20) -> np.ndarray:
+    """Ink of a digit in its box as an image (28, 28), uint8: strokes not too thin, centred by mass."""
+    from scipy import ndimage
+    from skimage.morphology import skeletonize
+
+    fine = 6 * size
+    digit = Image.fromarray(ink.astype(np.float32))
+    scale = fine / max(digit.size)
+    digit = digit.resize([max(1, round(scale * x)) for x in digit.size], Image.Resampling.BILINEAR)
+    digit = np.pad(np.asarray(digit), fine // 10)
+    digit = (2 * digit - 0.5).clip(0, 1)
+    stroke = (digit > 0.5).sum() / max(1, skeletonize(digit > 0.5).sum())
+    if stroke < STROKE * fine:
+        radius = (STROKE * fine - stroke) / 2
+        away = ndimage.distance_transform_edt(digit <= 0.5)
+        digit = np.clip(radius + 1 - away, 0, 1).astype(np.float32)
+    digit = Image.fromarray(digit)
+    digit = digit.crop(Image.fromarray(np.asarray(digit) > 0.25).getbbox())
+    digit = digit.resize([max(1, round(size * x / max(digit.size))) for x in digit.size], Image.Resampling.BOX)
+    values, canvas = np.asarray(digit), np.zeros((28, 28), np.float32)
+    y, x = ((values.sum(1 - axis) @ np.arange(n)) / values.sum() for axis, n in enumerate(values.shape))
+    top, left = (int(np.clip(round(14 - c), 0, 28 - n)) for c, n in zip((y, x), values.shape, strict=True))
+    canvas[top : top + values.shape[0], left : left + values.shape[1]] = values / values.max()
+    return (255 * canvas).round().astype(np.uint8)
+
+
+# --- Clothes -----------------------------------------------------------------------------------------------
+
+
+def light_on_dark(picture: Image.Image, size: int) -> np.ndarray:
+    """A thing on an even ground as Fashion-MNIST has it, (size, size): its longer side whole, light on black.
+
+    There, photographs on white were negated; what is on black already stays.
+    """
+    gray = np.asarray(opaque(picture).convert("L"))
+    border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    if np.median(border) > 127:
+        gray = 255 - gray
+    if picture.size == (size, size):
+        return gray
+    box = Image.fromarray(gray > 16).getbbox() or (0, 0, *picture.size)
+    return np.asarray(ImageOps.pad(Image.fromarray(gray).crop(box), (size, size)))
