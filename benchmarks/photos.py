@@ -48,8 +48,9 @@ def stencil(digit: np.ndarray, size: int, pen: float | None = None) -> np.ndarra
     """Share of ink, (size, size) of 0 ... 1: a digit (28, 28) enlarged, or drawn along its middle with a pen."""
     large = np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC), float) / 255
     if pen is None:
-        return np.clip((large - 0.5) * size / 56 + 0.5, 0, 1)
-    distance = ndimage.distance_transform_edt(~skeletonize(large > 0.4))
+        return np.clip((large - 0.4) * size / 56 + 0.5, 0, 1)
+    smooth = ndimage.gaussian_filter(large, size / 60)  # or the middle has spurs
+    distance = ndimage.distance_transform_edt(~skeletonize(smooth > 0.45))
     return np.clip(pen / 2 + 0.5 - distance, 0, 1)
 
 

@@ -25,7 +25,8 @@ from noprop_lab.settings import LabConfig
 
 SIDE = 800  # pixels of the longer side, to which pictures are shrunk
 SMALL = 300  # pixels, to which small ones are enlarged
-FAINT = 0.1  # of the light that ink takes away, at least; a hard pencil takes a quarter
+FAINT = 0.22  # of the light that ink takes away, at least: pencils take more, folds less
+LOW = 0.45
 STROKE = 0.12  # width of a stroke, of a digit's size, to which thinner ones are thickened: MNIST's are so
 
 
@@ -59,13 +60,19 @@ def open_upright(path: Path) -> Image.Image:
             file.draft(None, (SIDE, SIDE))  # a JPEG need not be unpacked larger
             deep = file.mode.startswith("I")  # 16 bits, which convert() would clip
             picture = ImageOps.exif_transpose(file)
-            picture = picture.point(lambda x: x / 256).convert("L") if deep else picture
+            picture = eight_bits(picture) if deep else picture
         picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
         if (factor := math.ceil(max(picture.size) / SIDE)) > 1:
             picture = picture.reduce(factor)
         return picture.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, of which a camera or scanner may have used 10 or 12."""
+    values = np.asarray(picture, np.float32)
+    return Image.fromarray((values * (255 / max(1, values.max()))).round().astype(np.uint8))
 
 
 def on_ground(picture: Image.Image, shade: str) -> Image.Image:
@@ -143,7 +150,7 @@ def light_ink(gray: np.ndarray) -> bool:
     from scipy import ndimage
 
     small = shrunk(gray, 64)
-    differs = small - ndimage.median_filter(small, 33, mode="nearest")
+    differs = small - ndimage.median_filter(small, 33, mode="reflect")
     differs[abs(differs) < 0.03] = 0
     return (differs * abs(differs)).sum() > 0
 
@@ -184,75 +191,88 @@ def rectangular(region: np.ndarray) -> float:
 
 
 def ink_of(pixels: np.ndarray) -> np.ndarray:
-    """The share of light that ink takes away, (H, W), of pictures (H, W, 3) with dark ink.
+    """The share of light that ink takes away, (H, W), of pictures (H, W, 3) with dark ink; on paper about 0.
 
-    The ground is the closing over a window wider than a stroke: it follows falling light and a shadow's edge.
     Colours count by how much the darkest ink takes of them: so print in another colour than the ink fades.
+    The ground is a closing, which follows falling light and a shadow's edge. Of its windows the smallest is
+    taken that shows all of the darkest ink: a shadow as wide as a finger is wider than a pen's stroke.
     """
     from scipy import ndimage
 
-    pixels = ndimage.gaussian_filter(pixels, (0.8, 0.8, 0))
-    window = max(pixels.shape) // 4
-    ground = ndimage.grey_closing(pixels, size=(window, window, 1), mode="nearest")
-    taken = (1 - pixels / ground.clip(0.05)).clip(0)
+    pixels, side = ndimage.gaussian_filter(pixels, (0.8, 0.8, 0)), max(pixels.shape)
+    taken = share_taken(pixels, side // 4)
     strongest = taken.max(-1)
     weights = taken[strongest >= 0.7 * np.percentile(strongest, 99.9)].mean(0)
-    ink = taken @ (weights / max(weights.sum(), 1e-6))
-    paper = np.median(ink)  # noise lies below its own closing
-    return ((ink - paper) / (1 - paper)).clip(0)
+    gray = pixels @ (weights / max(weights.sum(), 1e-6))
+    ink = share_taken(gray, side // 4)
+    dark = ink > 0.9 * darkest(ink)
+    if faint := darkest(ink) < 0.6 and noise_of(ink) > 0.004:  # a pencil, which is no broad brush
+        ink = share_taken(gray, side // 16)
+    for window in (side // 32, side // 16, side // 8)[: 1 if faint else 3]:
+        if (share_taken(gray, window)[dark] > 0.5 * darkest(ink)).mean() > 0.9:
+            ink = share_taken(gray, window)
+            break
+    return ink - np.median(ink)  # noise lies below its own closing
+
+
+def share_taken(pixels: np.ndarray, window: int) -> np.ndarray:
+    from scipy import ndimage
+
+    size = (window, window, 1)[: pixels.ndim]
+    return (1 - pixels / ndimage.grey_closing(pixels, size, mode="nearest").clip(0.05)).clip(0)
+
+
+def darkest(ink: np.ndarray) -> float:
+    """How dark the darkest strokes are: few pixels are, but more than a speck's."""
+    peak = np.percentile(ink, 99.97)
+    return float(np.median(ink[ink >= 0.7 * peak]))
 
 
 def noise_of(ink: np.ndarray) -> float:
-    """The deviation of ink where there is none."""
-    values = ink[ink > 0]
-    return 1.5 * float(np.median(values)) if len(values) else 0.0  # half of a normal deviation is below 0.67 of it
+    """The deviation of ink where there is none: by what is lighter than the paper's median."""
+    return float(-np.percentile(ink, 16))
 
 
 def without_lines(ink: np.ndarray) -> np.ndarray:
-    """Ink without straight thin lines through most of the picture, level or upright within 6°.
+    """Ink without thin straight lines from border to border: of ruled and squared paper, frames, folds.
 
     Where a stroke crosses a line its ink stays: it is taller than the line, or darker.
     """
-    for axis in (0, 1):
-        turned = ink if axis == 0 else ink.T
-        turned = without_level_lines(turned)
-        ink = turned if axis == 0 else turned.T
-    return ink
+    return without_flat_lines(without_flat_lines(ink).T).T
 
 
-def without_level_lines(ink: np.ndarray) -> np.ndarray:
+def without_flat_lines(ink: np.ndarray) -> np.ndarray:
+    """Of lines that rise by 45° at most: a Hough transform proposes, what lies along each decides."""
     from scipy import ndimage
 
     height, width = ink.shape
-    mask = ink > max(0.04, 4 * noise_of(ink))
-    thick = max(3, height // 60)
-    flat = mask & ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))  # no part of a run that is taller
-    y, x = np.nonzero(flat)
-    if not len(x):
+    mask = ink > max(0.04, 3 * noise_of(ink))
+    thick = max(4, max(ink.shape) // 80)
+    flat = mask & ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))  # runs downwards that are no taller
+    y, x = np.nonzero(flat & ~np.roll(flat, 1, 0))  # upper edges: one pixel a column and line
+    slopes, middle, offset = np.linspace(-1, 1, 241), width / 2, width
+    votes = np.stack(
+        [np.bincount((y - s * (x - middle)).astype(int) + offset, minlength=height + 2 * width) for s in slopes]
+    )
+    votes = ndimage.uniform_filter1d(votes.astype(np.float32), 3, axis=1) * 3
+    peaks = (votes > 0.25 * width) & (votes == ndimage.maximum_filter(votes, (7, 5)))
+    broad = ndimage.binary_dilation(flat, np.ones((3, 1)))
+    line, columns = np.zeros_like(mask), np.arange(width)
+    for i, row in zip(*np.nonzero(peaks), strict=True):
+        rows = (row - offset + slopes[i] * (columns - middle)).round().astype(int)
+        inside = (rows >= 0) & (rows < height)
+        along = broad[rows[inside], columns[inside]]
+        end = len(along) // 6
+        if len(along) > 0.3 * width and min(along.mean(), along[:end].mean(), along[-end:].mean()) > 0.5:
+            line[rows[inside], columns[inside]] = True
+    if not line.any():
         return ink
-    slopes, best = np.tan(np.radians(np.arange(-6, 6.1, 0.25))), None
-    for slope in slopes:
-        counts = np.bincount((y - slope * (x - width / 2)).round().astype(int) + height, minlength=3 * height)
-        counts = ndimage.uniform_filter1d(counts.astype(np.float32), 3) * 3
-        if best is None or (counts**2).sum() > best[0]:
-            best = (counts**2).sum(), slope, counts
-    _, slope, counts = best
-    rows = np.flatnonzero(counts > 0.6 * width)
-    if not len(rows):
-        return ink
-    near = np.zeros(3 * height, bool)
-    near[rows] = True
-    near = ndimage.binary_dilation(near, iterations=2)
-    y, x = np.mgrid[:height, :width]
-    line = flat & near[(y - slope * (x - width / 2)).round().astype(int) + height]
+    line = ndimage.binary_dilation(line, np.ones((thick + 1, 1))) & flat
     level = np.median(ink[line])
-    line &= ink < 1.5 * level
-    halo = ndimage.binary_dilation(line, np.ones((5, 1))) & (ink < 1.2 * level)
-    halo &= ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))
-    cleaned = np.where(line | halo, 0, ink)
-    # a stroke that was cut through is joined again
-    joined = ndimage.grey_closing(cleaned, size=(thick + 4, 1))
-    return np.where(line | halo, np.minimum(joined, ink), ink)
+    line = ndimage.binary_dilation(line, np.ones((5, 1))) & (ink < 1.5 * level)
+    line &= ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))
+    cleaned = np.where(line, 0, ink)
+    return np.where(line, np.minimum(ndimage.grey_closing(cleaned, (thick + 4, 1)), ink), ink)  # joins strokes
 
 
 def digits_of(ink: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
@@ -263,12 +283,14 @@ def digits_of(ink: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
     least = max(FAINT, 6 * noise_of(ink))
     if not (ink > least).any():
         return []
-    level = np.percentile(ink[ink > least], 80)
-    mask = filters.apply_hysteresis_threshold(ink, max(0.4 * level, 0.7 * least), max(0.55 * level, least))
+    level = max(darkest(ink), least)
+    mask = filters.apply_hysteresis_threshold(ink, max(LOW * level, 0.7 * least), max(0.6 * level, least))
     labels = measure.label(ndimage.binary_closing(np.pad(mask, 2), np.ones((3, 3)))[2:-2, 2:-2])
     parts = [x for x in measure.regionprops(labels) if x.area > 12]
     groups = grouped([x for x in parts if not is_frame(x)])
     groups = [g for g in groups if is_digit(g, ink.shape)]
+    shades = [np.percentile(ink[tuple(np.concatenate([x.coords for x in g]).T)], 75) for g in groups]
+    groups = [g for g, shade in zip(groups, shades, strict=True) if shade > 0.75 * max(shades)]
     tallest = max((extent(g)[2] - extent(g)[0] for g in groups), default=0)
     groups = [g for g in groups if extent(g)[2] - extent(g)[0] > 0.4 * tallest]
     found = []
