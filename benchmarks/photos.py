@@ -49,8 +49,8 @@ def stencil(digit: np.ndarray, size: int, pen: float | None = None) -> np.ndarra
     large = np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC), float) / 255
     if pen is None:
         return np.clip((large - 0.4) * size / 56 + 0.5, 0, 1)
-    smooth = ndimage.gaussian_filter(large, size / 60)  # or the middle has spurs
-    distance = ndimage.distance_transform_edt(~skeletonize(smooth > 0.45))
+    smooth = ndimage.gaussian_filter(large, size / 90)  # or the middle has spurs
+    distance = ndimage.distance_transform_edt(~skeletonize(smooth > 0.35))
     return np.clip(pen / 2 + 0.5 - distance, 0, 1)
 
 

@@ -25,7 +25,8 @@ from noprop_lab.settings import LabConfig
 
 SIDE = 800  # pixels of the longer side, to which pictures are shrunk
 SMALL = 300  # pixels, to which small ones are enlarged
-FAINT = 0.22  # of the light that ink takes away, at least: pencils take more, folds less
+FAINT = 0.2  # of the light that ink takes away, at least: pencils take more, folds less
+BROAD = 0.68  # of the light, that ink of a broad stroke takes away: shadows on a photograph take less
 LOW = 0.45
 STROKE = 0.12  # width of a stroke, of a digit's size, to which thinner ones are thickened: MNIST's are so
 
@@ -130,7 +131,7 @@ def find_digits(picture: Image.Image) -> list[np.ndarray]:
     if light_ink(pixels.mean(-1)):
         pixels = 1 - pixels
     ink = ink_of(pixels)
-    return digits_of(without_lines(ink), ink)
+    return digits_of(without_lines(ink))
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
@@ -146,13 +147,17 @@ def shrunk(gray: np.ndarray, side: int) -> np.ndarray:
 
 
 def light_ink(gray: np.ndarray) -> bool:
-    """Whether what differs from its wide surroundings' median is mostly lighter."""
+    """Whether what differs from its wide surroundings' median is mostly lighter.
+
+    On a light ground it must be much lighter: there it is rather a patch of light between shadows.
+    """
     from scipy import ndimage
 
     small = shrunk(gray, 64)
     differs = small - ndimage.median_filter(small, 33, mode="reflect")
     differs[abs(differs) < 0.03] = 0
-    return (differs * abs(differs)).sum() > 0
+    lighter, darker = (differs.clip(0) ** 2).sum(), (differs.clip(None, 0) ** 2).sum()
+    return lighter > darker * (4 if np.median(small) > 0.4 else 1)
 
 
 def within_sheet(pixels: np.ndarray) -> np.ndarray:
@@ -202,17 +207,30 @@ def ink_of(pixels: np.ndarray) -> np.ndarray:
     pixels, side = ndimage.gaussian_filter(pixels, (0.8, 0.8, 0)), max(pixels.shape)
     taken = share_taken(pixels, side // 4)
     strongest = taken.max(-1)
-    weights = taken[strongest >= 0.7 * np.percentile(strongest, 99.9)].mean(0)
+    weights = taken[strongest >= 0.7 * np.percentile(strongest, 99.9)].mean(0) ** 2
     gray = pixels @ (weights / max(weights.sum(), 1e-6))
     ink = share_taken(gray, side // 4)
-    dark = ink > 0.9 * darkest(ink)
-    if faint := darkest(ink) < 0.6 and noise_of(ink) > 0.004:  # a pencil, which is no broad brush
-        ink = share_taken(gray, side // 16)
-    for window in (side // 32, side // 16, side // 8)[: 1 if faint else 3]:
-        if (share_taken(gray, window)[dark] > 0.5 * darkest(ink)).mean() > 0.9:
-            ink = share_taken(gray, window)
+    if (frame := frames(ink > 0.6 * darkest(ink))).any():
+        gray[frame] = np.median(gray[~frame])
+        ink = share_taken(gray, side // 4)
+    level, dark = darkest(ink), ink > 0.9 * darkest(ink)
+    pencil = level < BROAD and noise_of(ink - np.median(ink)) > 5e-4  # in a photograph: no broad brush
+    for window in (side // 32,) if pencil else (side // 32, side // 16, side // 8):
+        narrow = share_taken(gray, window)
+        if pencil or (narrow[dark] > 0.5 * level).mean() > 0.9:
+            ink = narrow
             break
     return ink - np.median(ink)  # noise lies below its own closing
+
+
+def frames(mask: np.ndarray) -> np.ndarray:
+    """Where a mask has frames, and a little around them."""
+    from scipy import ndimage
+    from skimage import measure
+
+    labels = measure.label(mask)
+    found = [x.label for x in measure.regionprops(labels) if x.area > 60 and is_frame(x)]
+    return ndimage.binary_dilation(np.isin(labels, found), np.ones((5, 5)))
 
 
 def share_taken(pixels: np.ndarray, window: int) -> np.ndarray:
@@ -275,19 +293,17 @@ def without_flat_lines(ink: np.ndarray) -> np.ndarray:
     return np.where(line, np.minimum(ndimage.grey_closing(cleaned, (thick + 4, 1)), ink), ink)  # joins strokes
 
 
-def digits_of(ink: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
+def digits_of(ink: np.ndarray) -> list[np.ndarray]:
     """The ink of each digit, from left to right."""
     from scipy import ndimage
     from skimage import filters, measure
 
     least = max(FAINT, 6 * noise_of(ink))
-    if not (ink > least).any():
+    if (level := darkest(ink)) < least:
         return []
-    level = max(darkest(ink), least)
-    mask = filters.apply_hysteresis_threshold(ink, max(LOW * level, 0.7 * least), max(0.6 * level, least))
+    mask = filters.apply_hysteresis_threshold(ink, LOW * level, 0.6 * level)
     labels = measure.label(ndimage.binary_closing(np.pad(mask, 2), np.ones((3, 3)))[2:-2, 2:-2])
-    parts = [x for x in measure.regionprops(labels) if x.area > 12]
-    groups = grouped([x for x in parts if not is_frame(x)])
+    groups = grouped([x for x in measure.regionprops(labels) if x.area > 12])
     groups = [g for g in groups if is_digit(g, ink.shape)]
     shades = [np.percentile(ink[tuple(np.concatenate([x.coords for x in g]).T)], 75) for g in groups]
     groups = [g for g, shade in zip(groups, shades, strict=True) if shade > 0.75 * max(shades)]
