@@ -36,7 +36,7 @@ def read_picture(path: Path, config: LabConfig) -> Tensor:
     channels, *size = config.image_shape
     picture = open_upright(path)
     if config.dataset == "fashion_mnist":
-        return torch.from_numpy(light_on_dark(picture, size[0])).unsqueeze(0)
+        return torch.from_numpy(light_on_dark(picture, size[0]).copy()).unsqueeze(0)
     fitted = np.array(ImageOps.fit(on_white(picture).convert("RGB"), size[::-1]))
     return torch.from_numpy(fitted).view(*size, channels).permute(2, 0, 1)
 
@@ -94,7 +94,7 @@ def read_digits(path: Path, size: int = 20) -> Tensor:
     """
     picture = open_upright(path)
     if picture.size == (28, 28) and (own := as_it_is(picture)) is not None:
-        return torch.from_numpy(own)[None, None]
+        return torch.from_numpy(own.copy())[None, None]
     try:
         import skimage  # noqa: F401
     except ImportError as error:
@@ -153,8 +153,8 @@ def light_ink(gray: np.ndarray) -> bool:
     """
     from scipy import ndimage
 
-    small = shrunk(gray, 64)
-    differs = small - ndimage.median_filter(small, 33, mode="reflect")
+    small = shrunk(gray, 48)
+    differs = small - ndimage.median_filter(small, 25, mode="reflect")
     differs[abs(differs) < 0.03] = 0
     lighter, darker = (differs.clip(0) ** 2).sum(), (differs.clip(None, 0) ** 2).sum()
     return lighter > darker * (4 if np.median(small) > 0.4 else 1)
@@ -163,8 +163,8 @@ def light_ink(gray: np.ndarray) -> bool:
 def within_sheet(pixels: np.ndarray) -> np.ndarray:
     """Where a light sheet lies on a darker desk, the desk gets the colours of the sheet's edge.
 
-    The sheet is the largest light region, of straight sides and with a sharp edge, if the desk is along half of
-    the picture's border; light that falls off, and shadows, are no desk.
+    The sheet is the largest light region, of straight sides and with a sharp edge, if the desk is along half
+    of the picture's border; light that falls off, and shadows, are no desk.
     """
     from scipy import ndimage
     from skimage import filters, measure
@@ -270,7 +270,10 @@ def without_flat_lines(ink: np.ndarray) -> np.ndarray:
     y, x = np.nonzero(flat & ~np.roll(flat, 1, 0))  # upper edges: one pixel a column and line
     slopes, middle, offset = np.linspace(-1, 1, 241), width / 2, width
     votes = np.stack(
-        [np.bincount((y - s * (x - middle)).astype(int) + offset, minlength=height + 2 * width) for s in slopes]
+        [
+            np.bincount((y - s * (x - middle)).astype(int) + offset, minlength=height + 2 * width)
+            for s in slopes
+        ]
     )
     votes = ndimage.uniform_filter1d(votes.astype(np.float32), 3, axis=1) * 3
     peaks = (votes > 0.25 * width) & (votes == ndimage.maximum_filter(votes, (7, 5)))
@@ -290,7 +293,9 @@ def without_flat_lines(ink: np.ndarray) -> np.ndarray:
     line = ndimage.binary_dilation(line, np.ones((5, 1))) & (ink < 1.5 * level)
     line &= ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))
     cleaned = np.where(line, 0, ink)
-    return np.where(line, np.minimum(ndimage.grey_closing(cleaned, (thick + 4, 1)), ink), ink)  # joins strokes
+    return np.where(
+        line, np.minimum(ndimage.grey_closing(cleaned, (thick + 4, 1)), ink), ink
+    )  # joins strokes
 
 
 def digits_of(ink: np.ndarray) -> list[np.ndarray]:
@@ -390,7 +395,9 @@ def like_mnist(ink: np.ndarray, size: int = 20) -> np.ndarray:
         digit = np.clip(radius + 1 - away, 0, 1).astype(np.float32)
     digit = Image.fromarray(digit)
     digit = digit.crop(Image.fromarray(np.asarray(digit) > 0.25).getbbox())
-    digit = digit.resize([max(1, round(size * x / max(digit.size))) for x in digit.size], Image.Resampling.BOX)
+    digit = digit.resize(
+        [max(1, round(size * x / max(digit.size))) for x in digit.size], Image.Resampling.BOX
+    )
     values, canvas = np.asarray(digit), np.zeros((28, 28), np.float32)
     y, x = ((values.sum(1 - axis) @ np.arange(n)) / values.sum() for axis, n in enumerate(values.shape))
     top, left = (int(np.clip(round(14 - c), 0, 28 - n)) for c, n in zip((y, x), values.shape, strict=True))
