@@ -311,7 +311,7 @@ def drawn(name: str, numbers: list[int], split: noprop.Split, rng: Rng) -> Image
 
 
 def answer(picture: Image.Image, model: noprop.NoProp, folder: str):
-    """The network's images of a picture and its class probabilities (N, classes); None where it is refused."""
+    """What the network sees of a picture, and class probabilities (N, classes); None where it is refused."""
     picture.save(path := Path(folder) / "picture.png")
     try:
         images = read_pictures(path, LabConfig())

@@ -169,10 +169,14 @@ def within_sheet(pixels: np.ndarray) -> np.ndarray:
     from scipy import ndimage
     from skimage import filters, measure
 
-    small = ndimage.grey_closing(shrunk(pixels.mean(-1), 100), size=9)  # without ink
+    gray = shrunk(pixels.mean(-1), 100)
+    small = ndimage.grey_closing(gray, size=9)  # without ink
     if np.ptp(small) < 0.15:
         return pixels
-    labels = measure.label(small > filters.threshold_otsu(small))
+    light = small > (threshold := filters.threshold_otsu(small))
+    dark = measure.label(np.pad(gray <= threshold, 1, constant_values=True))
+    light &= (dark != dark[0, 0])[1:-1, 1:-1]  # a strip of desk that the closing covers
+    labels = measure.label(light)
     sheet = ndimage.binary_fill_holes(labels == np.bincount(labels.flat)[1:].argmax() + 1)
     border = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
     inside, around = ndimage.binary_erosion(sheet, iterations=2), ndimage.binary_dilation(sheet, iterations=2)
