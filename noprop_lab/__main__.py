@@ -23,7 +23,7 @@ from noprop_lab.data import class_folders, load_data
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
-from noprop_lab.pictures import read_picture
+from noprop_lab.pictures import read_pictures
 from noprop_lab.settings import SOURCES, LabConfig, LabOptions
 
 USAGE = """usage: python -m noprop_lab COMMAND ...
@@ -188,13 +188,27 @@ def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torc
 
 
 def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
-    """Print the class of each picture file."""
+    """Print the class of each picture file, of several digits from left to right; 2 if one is unreadable."""
 
     def probability(images: Tensor) -> Tensor:
         return early_exit(model, images, options.early_exit)[0]
 
-    names = config.classes or range(config.num_classes)
-    return noprop.print_classes(probability, options.predict[1:], partial(read_picture, config=config), names)
+    names, code = config.classes or range(config.num_classes), 0
+    for path in options.predict[1:]:
+        try:
+            found = probability(read_pictures(path, config))
+        except Failure as failure:  # the others are answered all the same
+            say(f"error: {failure}", file=sys.stderr)
+            code = failure.code
+            continue
+        best = found.argsort(descending=True)[:, : 3 if len(found) == 1 else 1]
+        shares = [
+            f"{names[k]}: {100 * x[k]:.1f} %"
+            for x, row in zip(found, best.tolist(), strict=True)
+            for k in row
+        ]
+        say(f"{path}: {' '.join(str(names[k]) for k in best[:, 0].tolist())}  ({', '.join(shares)})")
+    return code
 
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
