@@ -312,7 +312,7 @@ def drawn(name: str, numbers: list[int], split: noprop.Split, rng: Rng) -> Image
 
 def answer(picture: Image.Image, model: noprop.NoProp, folder: str):
     """What the network sees of a picture, and class probabilities (N, classes); None where it is refused."""
-    picture.save(path := Path(folder) / "picture.png")
+    picture.save(path := Path(folder) / "picture.png", compress_level=1)
     try:
         images = read_pictures(path, LabConfig())
     except noprop.Failure:

@@ -270,7 +270,8 @@ def without_flat_lines(ink: np.ndarray) -> np.ndarray:
     height, width = ink.shape
     mask = ink > max(0.04, 3 * noise_of(ink))
     thick = max(4, max(ink.shape) // 80)
-    flat = mask & ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))  # runs downwards that are no taller
+    tall = ndimage.binary_opening(mask, np.ones((thick + 1, 1)))
+    flat = mask & ~tall  # runs downwards that are no taller than a line
     y, x = np.nonzero(flat & ~np.roll(flat, 1, 0))  # upper edges: one pixel a column and line
     slopes, middle, offset = np.linspace(-1, 1, 241), width / 2, width
     votes = np.stack(
@@ -295,7 +296,7 @@ def without_flat_lines(ink: np.ndarray) -> np.ndarray:
     line = ndimage.binary_dilation(line, np.ones((thick + 1, 1))) & flat
     level = np.median(ink[line])
     line = ndimage.binary_dilation(line, np.ones((5, 1))) & (ink < 1.5 * level)
-    line &= ~ndimage.binary_opening(mask, np.ones((thick + 1, 1)))
+    line &= ~tall
     cleaned = np.where(line, 0, ink)
     return np.where(
         line, np.minimum(ndimage.grey_closing(cleaned, (thick + 4, 1)), ink), ink
