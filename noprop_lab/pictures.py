@@ -288,7 +288,7 @@ def without_flat_lines(ink: np.ndarray) -> np.ndarray:
         rows = (row - offset + slopes[i] * (columns - middle)).round().astype(int)
         inside = (rows >= 0) & (rows < height)
         along = broad[rows[inside], columns[inside]]
-        end = len(along) // 6
+        end = max(1, len(along) // 6)
         if len(along) > 0.3 * width and min(along.mean(), along[:end].mean(), along[-end:].mean()) > 0.5:
             line[rows[inside], columns[inside]] = True
     if not line.any():
