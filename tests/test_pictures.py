@@ -82,7 +82,7 @@ def test_the_command_that_makes_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("flip", [0, 255], ids=["light on dark", "dark on light"])
 def test_predict_answers_as_evaluate_for_the_same_pixels(tmp_path, data, network, flip):
-    """The lab takes images of MNIST's size as they are; so does the script, but that it stretches the shades."""
+    """The lab takes images of MNIST's size as they are; the script but stretches the shades."""
     path, seen = tmp_path / "digit.png", []
     for image in data.test.images[:150]:
         Image.fromarray(image[0].numpy() ^ np.uint8(flip)).save(path)
