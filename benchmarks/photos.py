@@ -433,15 +433,15 @@ def main() -> None:
     args = parser.parse_args()
     names = [args.only] if args.only else list(CONDITIONS)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        digits = [pool.submit(measure, x, args.split, args.count, args.seed, args.save) for x in names]
-        blank = {
-            x: pool.submit(refused_blank, x, args.blank, args.seed, args.save) for x in names if x in NOTHING
-        }
+        jobs = {}
+        for x in names:
+            jobs[x] = [pool.submit(measure, x, args.split, args.count, args.seed, args.save)]
+            jobs[x] += [pool.submit(refused_blank, x, args.blank, args.seed, args.save)] * (x in NOTHING)
         print("| digits on | right, % | wrong, above 99 % sure | refused | without a digit: refused, % |")
         print("|---|---|---|---|---|")
         rows = {}
-        for name, job in zip(names, digits, strict=True):
-            rows[name] = job.result() | ({"blank refused": blank[name].result()} if name in blank else {})
+        for name, (job, *empty) in jobs.items():
+            rows[name] = job.result() | {"blank refused": x.result() for x in empty}
             right, sure, refused, *nothing = rows[name].values()
             share = f"{100 * nothing[0] / args.blank:.0f}" if nothing else ""
             print(f"| {name} | {100 * right / args.count:.1f} | {sure} | {refused} | {share} |", flush=True)

@@ -183,7 +183,8 @@ def within_sheet(pixels: np.ndarray) -> np.ndarray:
     if border.mean() > 0.5 or not 0.1 < sheet.mean() < 0.97 or rectangular(sheet) < 0.82 or not inside.any():
         return pixels
     near = small[inside & ~ndimage.binary_erosion(inside, iterations=2)].mean()
-    step = near - small[ndimage.binary_dilation(around, iterations=2) & ~around].mean()
+    ring = ndimage.binary_dilation(around, iterations=2) & ~around
+    step = near - small[ring if ring.any() else ~sheet].mean()
     if step < max(0.15, 0.6 * (small[sheet].mean() - small[~sheet].mean())):
         return pixels
     mask = np.asarray(Image.fromarray(inside).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))

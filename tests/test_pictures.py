@@ -12,7 +12,7 @@ from laboratory import contents, lab, refused
 from PIL import Image
 from test_properties import SAME, check_line, pictures
 
-from noprop_lab.pictures import read_digits, read_picture, read_pictures
+from noprop_lab.pictures import ink_of, read_digits, read_picture, read_pictures, without_lines
 from noprop_lab.settings import LabConfig
 
 sys.path.insert(0, str(ROOT))
@@ -119,6 +119,24 @@ def test_digits_on_paper(tmp_path, data, network, name):
         photos.CONDITIONS[name]([], np.random.default_rng(3)).save(path)
         with pytest.raises(noprop.Failure, match="shows nothing that looks like a digit"):
             read_pictures(path, LabConfig())
+
+
+def test_lines_from_border_to_border_go_and_strokes_stay():
+    ink = np.zeros((300, 400), np.float32)
+    ink[100] = ink[200:202] = ink[:, 60] = 0.8
+    ink[np.arange(300), np.arange(300) // 3 + 250] = 0.2  # a fold
+    ink[50:250, 180:190] = 0.8
+    cleaned = without_lines(ink)
+    stroke = cleaned[50:250, 180:190]
+    assert (stroke > 0.7).mean() > 0.97 and cleaned.sum() - stroke.sum() < 0.05 * (ink.sum() - 1600)
+
+
+def test_a_shadow_as_wide_as_a_finger_is_no_ink():
+    pixels = np.full((300, 400, 3), 0.9, np.float32)
+    pixels[:, 100:140] *= 0.6
+    pixels[80:220, 250:254] = 0.1
+    ink = ink_of(pixels)
+    assert abs(ink[:, 90:150]).max() < 0.1 and (ink[85:215, 251:253] > 0.6).all()
 
 
 def test_what_predict_prints(tmp_path, data, capsys):
