@@ -441,9 +441,11 @@ def main() -> None:
         print("|---|---|---|---|---|")
         rows = {}
         for name, (job, *empty) in jobs.items():
-            rows[name] = job.result() | {"blank refused": x.result() for x in empty}
-            right, sure, refused, *nothing = rows[name].values()
-            share = f"{100 * nothing[0] / args.blank:.0f}" if nothing else ""
+            rows[name] = job.result()
+            right, sure, refused = rows[name].values()
+            for x in empty:
+                rows[name]["blank refused"] = x.result()
+            share = f"{100 * rows[name]['blank refused'] / args.blank:.0f}" if empty else ""
             print(f"| {name} | {100 * right / args.count:.1f} | {sure} | {refused} | {share} |", flush=True)
     if args.only:
         return
