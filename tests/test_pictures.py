@@ -12,7 +12,7 @@ from laboratory import contents, lab, refused
 from PIL import Image
 from test_properties import SAME, check_line, pictures
 
-from noprop_lab.pictures import ink_of, read_digits, read_picture, read_pictures, without_lines
+from noprop_lab.pictures import ink_of, like_mnist, read_digits, read_picture, read_pictures, without_lines
 from noprop_lab.settings import LabConfig
 
 sys.path.insert(0, str(ROOT))
@@ -116,7 +116,7 @@ def test_digits_on_paper(tmp_path, data, network, name):
         found = read_pictures(path, LabConfig())
         assert network.predict(found).tolist() == data.val.labels[numbers].tolist()
     if name in photos.NOTHING:
-        photos.CONDITIONS[name]([], np.random.default_rng(3)).save(path)
+        photos.CONDITIONS[name]([], np.random.default_rng(4)).save(path)
         with pytest.raises(noprop.Failure, match="shows nothing that looks like a digit"):
             read_pictures(path, LabConfig())
 
@@ -137,6 +137,12 @@ def test_a_shadow_as_wide_as_a_finger_is_no_ink():
     pixels[80:220, 250:254] = 0.1
     ink = ink_of(pixels)
     assert abs(ink[:, 90:150]).max() < 0.1 and (ink[85:215, 251:253] > 0.6).all()
+
+
+def test_thin_strokes_become_as_wide_as_those_of_mnist():
+    ink = np.zeros((200, 120), np.float32)
+    ink[:, 2:4] = ink[196:198] = 1
+    assert 2 < like_mnist(ink)[10].sum() / 255 < 3  # without it half a pixel
 
 
 def test_what_predict_prints(tmp_path, data, capsys):
