@@ -25,7 +25,7 @@ validation images; block 1 alone 99.42 ± .02), two to three minutes on two CPU 
     python noprop_example.py                                     train, evaluate, draw
     python noprop_example.py --evaluate noprop_hybrid.pt         test accuracy of a trained network
     python noprop_example.py --predict noprop_hybrid.pt a.png    classify pictures
-Other objectives, data sets and blocks over processes: noprop_lab/, which imports this script.
+Other objectives and data sets, photographs, blocks over processes: noprop_lab/, which imports this script.
 """
 
 from __future__ import annotations
@@ -412,7 +412,7 @@ class Options(Checked):
     threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
     deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
     evaluate: Path | None = None  # a checkpoint: print its test accuracy
-    predict: tuple[Path, ...] = ()  # a checkpoint, then image files: classify them
+    predict: tuple[Path, ...] = ()  # a checkpoint, then images; photographs: python -m noprop_lab predict
     run_hpo: bool = False  # search hyperparameters with Optuna, then train with the best
     hpo_trials: int = 60  # trials of the search, those of earlier calls included
     hpo_epochs: int = 3  # epochs of a trial
@@ -922,8 +922,7 @@ def open_picture(path: Path):
 def read_digit(path: Path) -> Tensor:
     """A picture as MNIST would have it, uint8 (1, 28, 28): light on dark, 20 pixels large, centred by mass.
 
-    Ink is what differs from the border's median, so dark on light and light on dark both work. Raises Failure
-    for a file that can't be read and for an empty picture.
+    Ink is what differs from the border's median. Raises Failure where it is unreadable or empty.
     """
     from PIL import Image
 
@@ -931,16 +930,15 @@ def read_digit(path: Path) -> Tensor:
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
     if ink.max() < 16:
         raise Failure(f"{path} shows nothing: it is all one shade")
-    box = Image.fromarray(ink > 0.25 * ink.max()).getbbox()
-    digit = Image.fromarray(ink / ink.max()).crop(box)
+    inside = 0.25 * ink.max() if ink.size > 784 else 0  # MNIST's own are to stay as they are
+    digit = Image.fromarray(ink).crop(Image.fromarray(ink > inside).getbbox())
     size = [max(1, round(20 * side / max(digit.size))) for side in digit.size]
     digit = digit.resize(size, Image.Resampling.BOX)
     ink, canvas = np.asarray(digit), Image.new("F", (28, 28))
     y, x = ((ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(ink.shape))
-    canvas.paste(
-        digit, [int(np.clip(round(13.5 - c), 0, 28 - n)) for c, n in zip((x, y), digit.size, strict=True)]
-    )
-    return torch.from_numpy((np.array(canvas) * 255).round().astype(np.uint8)).unsqueeze(0)
+    corner = [int(np.clip(round(14 - c), 0, 28 - n)) for c, n in zip((x, y), digit.size, strict=True)]
+    canvas.paste(digit, corner)
+    return torch.from_numpy((np.array(canvas) * (255 / ink.max())).round().astype(np.uint8)).unsqueeze(0)
 
 
 def print_classes(ask: Callable[[Tensor], Tensor], pictures, read=read_digit, names=range(10)) -> int:
@@ -1088,6 +1086,8 @@ def run(state, data: Data, options: Options, content=None, step=train_step, agre
     started, path = time.perf_counter(), options.checkpoint(state.config)
     with locked(options.output_dir), caught_signals() as signalled:
         if content:
+            if "training" not in content:
+                raise Failure(f"{path} holds weights alone, for --evaluate and --predict: train anew")
             if content["data"] != data.digest():
                 raise Failure(f"the images are not those that {path} was trained on: bring them back")
             state.load_state_dict(content["training"], content["model"])

@@ -18,7 +18,7 @@ is_new_enough() {
 }
 
 # The stamp's last line is the environment's place: one that was moved is rebuilt, as its programs name the old place.
-sums=$(cd "$here" && cksum requirements.txt requirements-dev.txt) || fail "the requirements files are missing"
+sums=$(cd "$here" && cksum requirements*.txt) || fail "the requirements files are missing"
 wanted=$(printf '%s\n%s' "$sums" "$env")
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/python"; then

@@ -10,10 +10,11 @@ It imports the script, which never imports it. python -m noprop_lab --help names
     backprop.py   the twin: the same chain, trained end to end
     networks.py   networks and states for these configs
     data.py       Fashion-MNIST, KMNIST, CIFAR, folders of pictures
-    pictures.py   a user's pictures as a data set has its own
+    pictures.py   a user's pictures as a data set has its own; digits are found on photographed paper
     parts.py      blocks that are trained alone, and put together
     parallel.py   blocks spread over processes, by torchrun
     search.py     several workers, on several machines
     early_exit.py an image leaves the chain once the answer is sure
     __main__.py   the commands
+    weights/      the default's trained network
 """

@@ -1,4 +1,4 @@
-"""The commands of the lab: python -m noprop_lab train | evaluate | predict | merge | search"""
+"""The commands of the lab: python -m noprop_lab train | evaluate | predict | merge | search | weights"""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from noprop_lab import backprop, dt, flows, parallel, parts
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
 from noprop_lab.early_exit import early_exit
-from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint
-from noprop_lab.pictures import read_picture
+from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
+from noprop_lab.pictures import read_pictures
 from noprop_lab.settings import SOURCES, LabConfig, LabOptions, WholeConfig
 
 USAGE = """usage: python -m noprop_lab COMMAND ...
@@ -32,6 +32,7 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     predict CHECKPOINT PICTURES ...   classes of pictures
     merge CHECKPOINTS ... [flags]     put separately trained blocks together
     search [flags]                    one worker of a search for hyperparameters, then a run with the best
+    weights CHECKPOINT FILE           write what evaluate and predict need of a checkpoint, without the rest
 
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
 
@@ -197,15 +198,29 @@ def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torc
 
 
 def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
-    """Print the class of each picture file."""
+    """Print the class of each picture file, of several digits from left to right; 2 if one is unreadable."""
 
     def probability(images: Tensor) -> Tensor:
         if options.early_exit == 1:
             return model.probabilities(images)[:, -1]
         return early_exit(model, images, options.early_exit)[0]
 
-    names = config.classes or range(config.num_classes)
-    return noprop.print_classes(probability, options.predict[1:], partial(read_picture, config=config), names)
+    names, code = config.classes or range(config.num_classes), 0
+    for path in options.predict[1:]:
+        try:
+            found = probability(read_pictures(path, config))
+        except Failure as failure:  # the others are answered all the same
+            say(f"error: {failure}", file=sys.stderr)
+            code = failure.code
+            continue
+        best = found.argsort(descending=True)[:, : 3 if len(found) == 1 else 1]
+        shares = [
+            f"{names[k]}: {100 * x[k]:.1f} %"
+            for x, row in zip(found, best.tolist(), strict=True)
+            for k in row
+        ]
+        say(f"{path}: {' '.join(str(names[k]) for k in best[:, 0].tolist())}  ({', '.join(shares)})")
+    return code
 
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
@@ -234,10 +249,22 @@ def merge(arguments: list[str]) -> int:
     return parts.merge([Path(x) for x in rest], options, load_data, noprop.pick_device(options))
 
 
+def weights(arguments: list[str]) -> int:
+    """Write a checkpoint without what only training needs; returns the exit code."""
+    if len(arguments) != 2:
+        raise Failure("weights takes a checkpoint and the file to write")
+    source, target = map(Path, arguments)
+    if target.exists():
+        raise Failure(f"{target} is there already: remove it, or choose another name")
+    noprop.write_file(target, content := weights_only(source))
+    say(f"{target}: {len(content) / 1e6:.2f} MB, for evaluate and predict.")
+    return 0
+
+
 def execute(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit code."""
     command, *rest = arguments or ["--help"]
-    if command not in ("train", "evaluate", "predict", "merge", "search"):
+    if command not in ("train", "evaluate", "predict", "merge", "search", "weights"):
         say(USAGE, file=sys.stdout if command in ("--help", "-h") else sys.stderr)
         return 0 if command in ("--help", "-h") else 2
     with parallel.processes(), told_once():
@@ -245,6 +272,8 @@ def execute(arguments: list[str]) -> int:
             raise Failure("torchrun is for training: start this without it")
         if command == "merge":
             return merge(rest)
+        if command == "weights":
+            return weights(rest)
         config, options, content = parallel.on_first(read_command_line, command, rest)
         device = parallel.pick_device(options)
         if command == "train":

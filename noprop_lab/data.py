@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 import noprop_example
-from noprop_example import CPU, Data, Failure, Split, augment, read_mnist, send, split_data
+from noprop_example import CPU, Data, Failure, Split, augment, read_mnist, say, send, split_data
 from noprop_lab.pictures import read_picture
 from noprop_lab.settings import LabConfig
 
@@ -114,39 +114,98 @@ def read_cifar(root: Path, name: str) -> tuple[Split, Split]:
     )
 
 
+# --- Folders of pictures -----------------------------------------------------------------------------------
+
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # the first there is
+
+
+def hidden(name: str) -> bool:
+    """What programs leave among pictures: .ipynb_checkpoints, ._a.png, __MACOSX, ..."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """By name, without the hidden ones."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: path for path in found if path.is_dir() and not hidden(path.name)}
+
+
+def layout(root: Path) -> tuple[Path, Path | None]:
+    """The folders that hold the classes to train and to test on; None: a part of the former is for testing.
+
+    A subfolder train is a split's if it holds folders, two at least; else it is a class, as bus and car.
+    """
+    folders = {name.lower(): path for name, path in reversed(subfolders(root).items())}
+    train = next((folders[x] for x in TRAIN if x in folders and len(subfolders(folders[x])) > 1), None)
+    if train is None:
+        return root, None
+    return train, next((folders[x] for x in TEST if x in folders), None)
+
+
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the classes of a folder of pictures: its subfolders, or those of its subfolder train."""
-    train = root / "train" if (root / "train").is_dir() else root
-    names = sorted(path.name for path in train.iterdir() if path.is_dir()) if train.is_dir() else []
+    names = tuple(subfolders(layout(root)[0]))
     if len(names) < 2:
         raise Failure(f"--data-root {root} must hold a folder of pictures for each class, two at least")
-    return tuple(names)
+    return names
+
+
+def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -> list[tuple[Path, int]]:
+    """Picture files and their labels, in order; what else there is is added to skipped. Raises Failure."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found = []
+    for label, name in enumerate(classes):
+        before = len(found)
+        for place, folders, files in sorted(os.walk(folder / name, followlinks=True)):
+            paths = [Path(place, x) for x in sorted(files)]
+            good = [x for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)]
+            if any(map(hidden, Path(place).relative_to(folder).parts[1:])):
+                continue
+            found += [(x, label) for x in good]
+            skipped += [x for x in paths if x not in good] + [Path(place, x) for x in folders if hidden(x)]
+        if len(found) == before:
+            raise Failure(f"cannot read the pictures in {folder}: it has none of class {name}")
+    return found
 
 
 def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
-    """Pictures in root/CLASS, or in root/train/CLASS and root/test/CLASS. Raises Failure.
+    """Pictures in root/CLASS, or in root/train/CLASS and root/test/CLASS, see layout(). Raises Failure.
 
     Where there is no test folder, a picture is for testing if the hash of its name says so, which is true of
-    a sixth: so it stays one when others are added.
+    a sixth: so it stays one when others are added. Prints classes, counts, and what was skipped.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    train, test = layout(root)
+    skipped = [x for place in {root, train} for x in sorted(place.iterdir()) if hidden(x.name)]
+    skipped += [x for x in subfolders(root).values() if train != root and x not in (train, test)]
 
-    def for_testing(name: str) -> bool:
+    def for_testing(path: Path) -> bool:
+        name = path.relative_to(train).as_posix()
         return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).digest()[0] % 6 == 0
 
-    def read(folder: Path, testing: bool | None = None) -> Split:
-        try:
-            found = make_dataset(str(folder), {x: i for i, x in enumerate(config.classes)}, IMG_EXTENSIONS)
-        except (OSError, ValueError) as error:
-            raise Failure(f"cannot read the pictures in {folder}: {str(error).splitlines()[0]}") from error
-        found = [(Path(path), label) for path, label in found]
-        found = [x for x in found if testing in (None, for_testing(x[0].relative_to(folder).as_posix()))]
-        if len(found) < 10:
-            raise Failure(f"{folder} has too few pictures: {len(found)} of at least 10")
-        images = torch.stack([read_picture(path, config) for path, _ in found])
-        return Split(images, torch.tensor([label for _, label in found]))
+    pictures = find_pictures(train, config.classes, skipped)
+    if test:
+        parts = pictures, find_pictures(test, config.classes, skipped)
+    else:
+        parts = [[x for x in pictures if for_testing(x[0]) == wanted] for wanted in (False, True)]
+    for place, part in zip((train, test or train), parts, strict=True):
+        if len(part) < 10:
+            raise Failure(f"{place} has too few pictures: {len(part)} of at least 10")
+    if os.environ.get("RANK", "0") == "0":
+        tell_pictures(config.classes, [[label for _, label in part] for part in parts], skipped, root)
+    return tuple(
+        Split(
+            torch.stack([read_picture(path, config) for path, _ in part]), torch.tensor([x for _, x in part])
+        )
+        for part in parts
+    )
 
-    train = root / "train" if (root / "train").is_dir() else root
-    if train != root and (root / "test").is_dir():
-        return read(train), read(root / "test")
-    return read(train, testing=False), read(train, testing=True)
+
+def tell_pictures(classes: tuple[str, ...], labels: list[list[int]], skipped: list[Path], root: Path) -> None:
+    """Print how many pictures of each class there are, and what was left out."""
+    counts = [f"{name} {labels[0].count(i)} + {labels[1].count(i)}" for i, name in enumerate(classes)]
+    say(f"Pictures to train + test on: {', '.join(counts)}")
+    if skipped:
+        names = [x.relative_to(root).as_posix() for x in skipped]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        say(f"Skipped: {', '.join(names[:5])}{more}")

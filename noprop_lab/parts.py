@@ -72,6 +72,9 @@ def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list
     All blocks must be there once, trained alike on the same images; but where the first file is a whole
     network, later ones take the place of its blocks, and need only fit.
     """
+    for path, content in zip(paths, contents, strict=True):
+        if "training" not in content:
+            raise Failure(f"{path} holds weights alone: merge takes the checkpoints that training wrote")
     exchange, first = not configs[0].blocks, configs[0]
     fitting = {"dataset", "image_size", "classes", "classify", "num_blocks", "dim", "block", "target"}
     names = fitting if exchange else set(vars(first)) - {"blocks", "embed_dim"} | {"dim"}

@@ -46,6 +46,7 @@ class LabConfig(Config):
     classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
     image_size: int = 32  # of --dataset folder: pictures are scaled to squares of this size, in colour
     classes: tuple[str, ...] = ()  # of --dataset folder: its subfolders to tell apart; none named: all
+    mirror: bool = False  # of --dataset folder: half of the pictures are mirrored, at random
     dataset: tyro.conf.Suppress[Dataset] = "mnist"  # this and the next: see LabOptions
     blocks: tyro.conf.Suppress[str | None] = None
 
@@ -63,6 +64,8 @@ class LabConfig(Config):
             raise Failure(f"image_size must be at least 28, not {self.image_size}")
         if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
             raise Failure("classes are those of dataset folder, each of them once")
+        if self.mirror and self.dataset != "folder":
+            raise Failure("mirror is of dataset folder: the others know whether a mirror image is as good")
         for field in fields(self):
             if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
                 raise Failure(f"{field.name} has no effect on this objective: leave it out")
@@ -82,7 +85,7 @@ class LabConfig(Config):
     @property
     def source(self) -> Source:
         if self.dataset == "folder":
-            return Source("", len(self.classes), (3, self.image_size, self.image_size), True)
+            return Source("", len(self.classes), (3, self.image_size, self.image_size), self.mirror)
         return SOURCES[self.dataset]
 
     @property
@@ -111,7 +114,8 @@ class LabConfig(Config):
 
     def saved(self) -> dict[str, Any]:
         """The script's fields, and of the lab's those that say something: the script reads what it knows."""
-        ours = {"classify": "u_hat", "image_size": 32, "classes": (), "dataset": "mnist", "blocks": None}
+        ours = {"classify": "u_hat", "image_size": 32, "classes": (), "mirror": False, "dataset": "mnist"}
+        ours |= {"blocks": None}
         whole = asdict(self) | {"embed_dim": self.dim}
         kept = {name: x for name, x in whole.items() if name not in ours or x != ours[name]}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in kept.items()}

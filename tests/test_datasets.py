@@ -295,13 +295,72 @@ def test_bad_folders(tmp_path, capsys):
         (tmp_path / "x" / name).mkdir(parents=True)
     root = f"--data-root={tmp_path / 'x'}"
     refused(capsys, 2, [*flags, root], "cannot read the pictures")
-    for i in range(20):
+    for i in range(99):
         (tmp_path / "x" / "ab"[i % 2] / f"{i}.png").write_text("no picture")
     refused(capsys, 2, [*flags, root], "cannot read the image", ".png")
     refused(capsys, 2, [*flags, root, "--classes", "a", "c"], "cannot read the pictures")
-    for path in (tmp_path / "x").glob("*/1?.png"):
+    for path in (tmp_path / "x").glob("*/[1-9]?.png"):
         path.unlink()
     refused(capsys, 2, [*flags, root], "has too few pictures")
+
+
+def blue_and_red(root, names=("blue", "red"), images: int = 80) -> None:
+    """Pictures of one colour a class."""
+    for name, colour in zip(names, ("blue", "red", "green"), strict=False):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(images):
+            Image.new("RGB", (30, 30), colour).save(root / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("training", "testing"), ("Train", "Test"), ("train", "val"), ("TRAIN", "validation")]
+)
+def test_names_of_split_folders(tmp_path, capsys, train, test):
+    blue_and_red(tmp_path / train, images=20)
+    blue_and_red(tmp_path / test, images=7)
+    assert lab_data.class_folders(tmp_path) == ("blue", "red")
+    found = lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
+    assert [len(x.labels) for x in found] == [40, 14]
+    assert capsys.readouterr().out == "Pictures to train + test on: blue 20 + 7, red 20 + 7\n"
+
+
+def test_a_class_may_be_named_train(tmp_path, capsys):
+    blue_and_red(tmp_path, ("bus", "car", "train"))
+    assert lab_data.class_folders(tmp_path) == ("bus", "car", "train")
+    config = LabConfig(dataset="folder", classes=("bus", "car", "train"))
+    assert sum(len(x.labels) for x in lab_data.read_folder(tmp_path, config)) == 240
+    line = capsys.readouterr().out
+    counts = re.findall(r"(bus|car|train) (\d+) \+ (\d+)", line)
+    assert [name for name, *_ in counts] == ["bus", "car", "train"] and "Skipped" not in line
+    assert all(int(a) + int(b) == 80 for _, a, b in counts)
+
+
+def test_what_programs_leave_among_pictures_is_skipped_and_said(tmp_path, capsys):
+    blue_and_red(tmp_path / "train")
+    blue_and_red(tmp_path / "test", images=8)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        blue_and_red(tmp_path / name)
+        (tmp_path / "train" / name).mkdir()
+    blue_and_red(tmp_path / "train" / "blue" / ".ipynb_checkpoints")
+    (tmp_path / "val").mkdir()
+    for name in ("._0.png", ".DS_Store", "notes.txt"):
+        (tmp_path / "train" / "red" / name).write_text("no picture")
+    assert lab_data.class_folders(tmp_path) == ("blue", "red")
+    found = lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
+    assert [len(x.labels) for x in found] == [160, 16]
+    counts, skipped = capsys.readouterr().out.splitlines()
+    assert counts.endswith("blue 80 + 8, red 80 + 8")
+    assert skipped.startswith("Skipped: ") and "__MACOSX" in skipped and skipped.endswith("and 4 more")
+
+
+def test_a_folder_is_mirrored_only_if_asked_for(tmp_path, capsys):
+    blue_and_red(tmp_path)
+    plain = LabConfig(dataset="folder", classes=("blue", "red"), batch_size=8)
+    asked = LabConfig(dataset="folder", classes=("blue", "red"), batch_size=8, mirror=True)
+    assert lab_data.load_data(plain, tmp_path).augment is noprop.augment
+    assert lab_data.load_data(asked, tmp_path).augment is lab_data.augment_or_mirror
+    assert "mirror" not in plain.saved() and asked.saved()["mirror"]
+    refused(capsys, 2, ["train", "--mirror"], "mirror is of dataset folder")
 
 
 def test_mirror_images_where_they_are_as_good(data, monkeypatch, fashion, tmp_path):
