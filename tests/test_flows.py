@@ -197,6 +197,8 @@ def test_the_true_velocity_is_exact_in_one_step(truth, solver, steps):
     model = knowing(FMConfig(steps=steps, solver=solver), lambda code, z, t: code)
     torch.testing.assert_close(trajectory(model, u - z, z)[-1], u)
     assert torch.equal(model.classify(None, u).argmax(1), u.argmax(1))
+    for n in range(steps):  # wherever it is on its way, it sees the label
+        torch.testing.assert_close(model.step(n + 1, u - z, z + n / steps * (u - z))[0], u)
 
 
 def test_the_field_of_k_embeddings_shows_the_order_and_ends_among_them(truth):
@@ -232,6 +234,8 @@ def test_a_chain_for_the_picture_has_the_levels_of_the_steps(truth):
     assert torch.equal(ct.alpha_bar, levels(schedule, 5).flatten())
     fm = knowing(FMConfig(steps=5, sigma=0.0), lambda code, z, t: code).as_chain()
     assert fm.alpha_bar[0] == 0 and fm.alpha_bar[-1] == pytest.approx(1 / 1.01)
+    rest = (1 - torch.arange(6) / 5) ** 2 + 0.01  # the variance of z_t, σ counting as 0.1
+    torch.testing.assert_close(torch.tensor(fm.sizes) ** 2 * (1 - fm.alpha_bar.float()), rest)
     z = noise / fm.sizes[0]
     for step in range(1, 6):
         z, t = fm.step(step, u - noise, z)[1], step / 5

@@ -193,7 +193,8 @@ def test_dt_learns(data):
 def test_the_twin_is_trained_through_all_blocks(batch):
     state = LabState(BackpropConfig(**TINY))
     before = {name: x.clone() for name, x in state.model.state_dict().items()}
-    backprop.train_step(state, *batch, 1e-3)
+    results = backprop.train_step(state, *batch, 1e-3)
+    assert {name for name, (loss, _) in results.items() if loss} == {"classifier"}  # the one loss
     after = state.model.state_dict()
     same_parts = {name.split(".")[0] for name in before if torch.equal(before[name], after[name])}
     assert same_parts == {"label_embedding"}

@@ -145,6 +145,21 @@ def test_augmentation_is_what_pillow_does():
         assert np.abs(np.asarray(turned) - image.numpy())[3:25, 3:25].max() < 0.06
 
 
+def test_the_limits_of_the_augmentation(monkeypatch):
+    """The largest draws: 12°, a tenth, and 6 % of the width, which is 0.12 of half of it."""
+    seen, affine_grid = [], noprop.F.affine_grid
+
+    def noted(theta, *rest, **more):
+        seen.append(theta)
+        return affine_grid(theta, *rest, **more)
+
+    monkeypatch.setattr(noprop.torch, "rand", lambda *shape, generator: torch.ones(shape))
+    monkeypatch.setattr(noprop.F, "affine_grid", noted)
+    noprop.augment(torch.zeros(1, 1, 28, 28), noprop.generator())
+    cos, sin = 1.1 * np.cos(np.radians(12)), 1.1 * np.sin(np.radians(12))
+    torch.testing.assert_close(seen[0], torch.tensor([[[cos, -sin, 0.12], [sin, cos, 0.12]]]).float())
+
+
 # --- Inference ---------------------------------------------------------------------------------------------
 
 
@@ -360,3 +375,20 @@ def test_what_the_picture_of_the_denoising_shows(small_data):
         assert shares[:, 0].max() < 0.2 and shares[:, -1].argmax() == int(digit.get_title().split()[0])
     for i, digit in enumerate(digits[:6]):
         assert np.allclose(digit.get_images()[0].get_array(), small_data.test.images[i, 0] / 255)
+
+
+# --- Search ------------------------------------------------------------------------------------------------
+
+
+def test_trials_differ_and_a_search_that_goes_on_proposes_the_same():
+    """By the seed and the trial's number."""
+    import optuna
+
+    def proposed(seed: int, trials: int = 8) -> list[float]:
+        study = optuna.create_study()
+        for _ in range(trials):
+            noprop.next_trial(study, seed, lambda trial: trial.suggest_float("x", 0, 1))
+        return [trial.params["x"] for trial in study.trials]
+
+    first = proposed(0)
+    assert len(set(first)) == 8 and proposed(0) == first and not set(first) & set(proposed(1))
