@@ -224,6 +224,12 @@ class Table(noprop.NoProp):
         return shares.log().expand(len(image), 3, 10)
 
 
+@pytest.mark.parametrize("weights", ["equal", "ddpm"])
+def test_the_chain_has_the_weights_that_the_config_names(weights):
+    model = noprop.build(noprop.Config(num_blocks=4, weights=weights))
+    assert model.steps == noprop.reverse_steps(noprop.cosine_schedule(4), weights == "equal").tolist()
+
+
 def test_the_answer_is_that_of_the_last_block():
     model = noprop.build(noprop.Config(num_blocks=3), kind=Table)
     images = torch.zeros(7, 28, 28, dtype=torch.uint8)
