@@ -366,7 +366,7 @@ FILES_AND_SEARCH = [
         'standard_error(accuracy, summary["test_images"])',
         "standard_error(accuracy, 5000)",
     ),
-    ("digits are not centred by mass", "int(np.clip(round(13.5 - c), 0, 28 - n))", "(28 - n) // 2"),
+    ("digits are not centred by mass", "int(np.clip(round(14 - c), 0, 28 - n))", "(28 - n) // 2"),
     ("digits fill the whole picture", "round(20 * side", "round(28 * side"),
     ("digits must be light on dark", "ink = np.abs(gray -", "ink = np.maximum(0, gray -"),
     (

@@ -27,7 +27,7 @@ SIDE = 800  # pixels of the longer side, to which pictures are shrunk
 SMALL = 300  # pixels, to which small ones are enlarged
 FAINT = 0.2  # of the light that ink takes away, at least: pencils take more, folds less
 BROAD = 0.68  # of the light, that ink of a broad stroke takes away: shadows on a photograph take less
-LOW = 0.45
+LOW = 0.45  # of the darkest ink's, what still belongs to a stroke that is darker elsewhere
 STROKE = 0.12  # width of a stroke, of a digit's size, to which thinner ones are thickened: MNIST's are so
 
 
@@ -77,6 +77,7 @@ def eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def on_ground(picture: Image.Image, shade: str) -> Image.Image:
+    """RGB of an RGBA picture on an even ground."""
     return Image.alpha_composite(Image.new("RGBA", picture.size, shade), picture).convert("RGB")
 
 
@@ -239,6 +240,7 @@ def frames(mask: np.ndarray) -> np.ndarray:
 
 
 def share_taken(pixels: np.ndarray, window: int) -> np.ndarray:
+    """1 - pixels / ground, (H, W) or (H, W, 3): the ground is the closing over a square window."""
     from scipy import ndimage
 
     size = (window, window, 1)[: pixels.ndim]
