@@ -1,5 +1,6 @@
 """What the tests share: the script as a module, real MNIST in small slices, and a small trained network."""
 
+import os
 import re
 import signal
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,9 +50,14 @@ def small_data(data) -> noprop.Data:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The output folder of one epoch of the main command, default blocks, all images."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert noprop.main(["--epochs", "1", "--output-dir", str(folder)]) == 0
+    """The output folder of one epoch of the main command, default blocks, all images: one for all workers."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "trained.lock"):
+        folder = shared / "trained"
+        if not (folder / "done").exists():
+            assert noprop.main(["--epochs", "1", "--output-dir", str(folder)]) == 0
+            (folder / "done").touch()
     return folder
 
 
