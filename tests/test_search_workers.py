@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -245,11 +247,24 @@ def test_a_trial_whose_worker_died_before_its_first_heartbeat_holds_nobody_up(tm
     assert len(states) == 3 and states.count("COMPLETE") == 2
 
 
+def suspend(process: subprocess.Popen, database: Path) -> None:
+    """Stop a process where it holds no lock on the database."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        try:
+            with closing(sqlite3.connect(database, timeout=0)) as connection:
+                connection.execute("BEGIN EXCLUSIVE")
+            return
+        except sqlite3.OperationalError:
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+
+
 def test_a_trial_taken_for_dead_is_left_to_the_worker_that_has_it(tmp_path):
     """A worker that was suspended wakes up after its trial was given away: it goes on with another."""
     process = worker(flags(tmp_path, "--no-hpo-final-run", hpo_epochs=8, hpo_trials=3))
     wait_until_it_runs(tmp_path, process)
-    process.send_signal(signal.SIGSTOP)
+    suspend(process, tmp_path / "noprop_hpo.db")
     time.sleep(4)
     assert search(tmp_path, hpo_epochs=8, hpo_trials=1) == 0
     process.send_signal(signal.SIGCONT)
