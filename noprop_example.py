@@ -942,17 +942,17 @@ def read_digit(path: Path) -> Tensor:
 
 
 def print_classes(ask: Callable[[Tensor], Tensor], pictures, read=read_digit, names=range(10)) -> int:
-    """Print the class of each picture file, and the three most probable; 2 if one can't be read, else 0.
+    """Print the classes in each picture; of one, the three most probable. 2 if one can't be read, else 0.
 
-    ask: of images (N, C, H, W), their class probabilities (N, classes).
+    read: the images in a file; ask: of images, their class probabilities (N, classes).
     """
     code = 0
     for path in pictures:
         try:
-            [probability] = ask(read(path).unsqueeze(0))
-            best = probability.argsort(descending=True)[:3].tolist()
-            shares = ", ".join(f"{names[k]}: {100 * probability[k]:.1f} %" for k in best)
-            say(f"{path}: {names[best[0]]}  ({shares})")
+            found = ask(read(path))
+            best = found.argsort(descending=True)[:, : 3 if len(found) == 1 else 1].tolist()
+            shares = [f"{names[k]}: {100 * found[i, k]:.1f} %" for i, row in enumerate(best) for k in row]
+            say(f"{path}: {' '.join(str(names[row[0]]) for row in best)}  ({', '.join(shares)})")
         except Failure as failure:  # the others are answered all the same
             say(f"error: {failure}", file=sys.stderr)
             code = failure.code

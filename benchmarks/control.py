@@ -12,7 +12,6 @@ answer on the test images is kept in benchmarks/results/control-DATASET-REPLICAT
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -32,12 +31,14 @@ from benchmarks.intervals import (
     temperature,
     verdict,
 )
+from benchmarks.seeds import DOCS, write
 from benchmarks.seeds import mean as mean_and_error
 from noprop_lab import backprop, networks
+from noprop_lab.__main__ import step_of
 from noprop_lab.data import load_data
 from noprop_lab.settings import LabConfig
 
-RESULTS, DOCS = Path(__file__).parent / "results", Path(noprop.__file__).parent / "docs"
+RESULTS = Path(__file__).parent / "results"
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 RATES = (0.0035, 0.007, 0.014, 0.028, 0.056)  # the middle one is NoProp's, which a search on MNIST left
 CHAIN, BLOCK, ONE, TEN = "NoProp: chain of ten", "NoProp: block 1", "one CNN", "ten CNNs, averaged"
@@ -65,8 +66,7 @@ def path_of(config: LabConfig) -> Path:
 def fit(config: LabConfig, data: noprop.Data, digest: str, threads: int) -> None:
     """Train a network on the training images; keep what the validation images select."""
     state = networks.LabState(config)
-    step = backprop.train_step if config.objective == "backprop" else noprop.train_step
-    for _ in noprop.train(state, data._replace(test=None), step, threads):
+    for _ in noprop.train(state, data._replace(test=None), step_of(config), threads):
         pass
     path_of(config).parent.mkdir(parents=True, exist_ok=True)
     state.save(path_of(config), digest)
@@ -229,13 +229,6 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.margins(x=0.1)
     return figure
-
-
-def write(mark: str, content: str) -> None:
-    """Put content into docs/evidence.md, between its marks."""
-    path, begin, end = DOCS / "evidence.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
-    text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text(), flags=re.DOTALL)
-    path.write_text(text)
 
 
 def tried(dataset: str) -> str:

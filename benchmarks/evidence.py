@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import best_test_accuracy, folder_of, inferred, mean, mean_and_error, run
+from benchmarks.seeds import DOCS, best_test_accuracy, folder_of, inferred, mean, mean_and_error, run, write
 
-RESULTS, DOCS = Path(__file__).parent / "results", Path(noprop.__file__).parent / "docs"
+RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
 
 DT = "--objective=dt"
@@ -365,13 +365,9 @@ def draw(rows: Rows, title: str):
 
 def write_report(name: str, kept: dict) -> None:
     """Put a table and its picture into docs/evidence.md, between their marks."""
-    path = DOCS / "evidence.md"
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     made = f"`python benchmarks/evidence.py {kept['command']}`, PyTorch {kept['torch']}"
     picture = f"![{TABLES[name].__doc__}](img/evidence_{name}.png)"
-    content = f"{begin}{picture}\n\n{markdown(kept['rows'])}\n\n{made}\n{end}"
-    text = re.sub(f"{begin}.*?{end}", lambda _: content, path.read_text(), flags=re.DOTALL)
-    path.write_text(text)
+    write(name, f"{picture}\n\n{markdown(kept['rows'])}\n\n{made}")
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ table, and keeps the values of every seed in benchmarks/results/.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import noprop_example as noprop
 from noprop_lab import data, networks
 
 ROOT = Path(noprop.__file__).parent
+DOCS = ROOT / "docs"
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -93,6 +95,13 @@ def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
         left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
         print(f"{done}/{len(missing)}  seed {seed}  {name}; about {left:.0f} min left", file=sys.stderr)
     return {name: [summary_of(folder_of(flags, seed)) for seed in seeds] for name, flags in settings.items()}
+
+
+def write(mark: str, content: str) -> None:
+    """Put content into docs/evidence.md, between its marks."""
+    path, begin, end = DOCS / "evidence.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
 
 
 def best_test_accuracy(summary: dict) -> float:

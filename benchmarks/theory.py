@@ -17,8 +17,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.control import DATASETS, RESULTS, chain, path_of, write
-from benchmarks.seeds import mean_and_error
+from benchmarks.control import DATASETS, RESULTS, chain, path_of
+from benchmarks.seeds import mean_and_error, write
 from noprop_lab import networks
 from noprop_lab.data import load_data
 from noprop_lab.settings import LabConfig

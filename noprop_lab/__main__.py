@@ -198,29 +198,16 @@ def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torc
 
 
 def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
-    """Print the class of each picture file, of several digits from left to right; 2 if one is unreadable."""
+    """Print the classes in each picture file, of several digits from left to right."""
 
     def probability(images: Tensor) -> Tensor:
         if options.early_exit == 1:
             return model.probabilities(images)[:, -1]
         return early_exit(model, images, options.early_exit)[0]
 
-    names, code = config.classes or range(config.num_classes), 0
-    for path in options.predict[1:]:
-        try:
-            found = probability(read_pictures(path, config))
-        except Failure as failure:  # the others are answered all the same
-            say(f"error: {failure}", file=sys.stderr)
-            code = failure.code
-            continue
-        best = found.argsort(descending=True)[:, : 3 if len(found) == 1 else 1]
-        shares = [
-            f"{names[k]}: {100 * x[k]:.1f} %"
-            for x, row in zip(found, best.tolist(), strict=True)
-            for k in row
-        ]
-        say(f"{path}: {' '.join(str(names[k]) for k in best[:, 0].tolist())}  ({', '.join(shares)})")
-    return code
+    names = config.classes or range(config.num_classes)
+    read = partial(read_pictures, config=config)
+    return noprop.print_classes(probability, options.predict[1:], read, names)
 
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:

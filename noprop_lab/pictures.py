@@ -2,7 +2,7 @@
 
 From a photograph to images like MNIST's (read_digits):
     upright, at most SIDE pixels large                              open_upright
-    the sheet of paper, if a darker desk lies around it             find_sheet
+    the sheet of paper, if a darker desk lies around it             within_sheet
     ink = 1 - picture / ground, weighed by the ink's own colour     ink_of
     without the lines of ruled and squared paper, and frames        without_lines
     connected strokes, put together to digits, from left to right   find_digits
@@ -115,10 +115,15 @@ def opaque(picture: Image.Image) -> Image.Image:
     return on_ground(picture, "black" if light else "white")
 
 
+def border_of(values: np.ndarray) -> np.ndarray:
+    """The outermost values of (H, W)."""
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+
 def as_it_is(picture: Image.Image) -> np.ndarray | None:
     """The pixels of an image of the data set's own size, light on dark; None if its ground is not even."""
     gray = np.asarray(opaque(picture).convert("L"))
-    border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    border = border_of(gray)
     ground = np.median(border)
     if ground not in (0, 255) or (border == ground).mean() < 0.9 or np.ptp(gray) < 128:
         return None
@@ -179,9 +184,13 @@ def within_sheet(pixels: np.ndarray) -> np.ndarray:
     light &= (dark != dark[0, 0])[1:-1, 1:-1]  # a strip of desk that the closing covers
     labels = measure.label(light)
     sheet = ndimage.binary_fill_holes(labels == np.bincount(labels.flat)[1:].argmax() + 1)
-    border = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
     inside, around = ndimage.binary_erosion(sheet, iterations=2), ndimage.binary_dilation(sheet, iterations=2)
-    if border.mean() > 0.5 or not 0.1 < sheet.mean() < 0.97 or rectangular(sheet) < 0.82 or not inside.any():
+    if (
+        border_of(sheet).mean() > 0.5
+        or not 0.1 < sheet.mean() < 0.97
+        or rectangular(sheet) < 0.82
+        or not inside.any()
+    ):
         return pixels
     near = small[inside & ~ndimage.binary_erosion(inside, iterations=2)].mean()
     ring = ndimage.binary_dilation(around, iterations=2) & ~around
@@ -422,8 +431,7 @@ def light_on_dark(picture: Image.Image, size: int) -> np.ndarray:
     There, photographs on white were negated; what is on black already stays.
     """
     gray = np.asarray(opaque(picture).convert("L"))
-    border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
-    if np.median(border) > 127:
+    if np.median(border_of(gray)) > 127:
         gray = 255 - gray
     if picture.size == (size, size):
         return gray

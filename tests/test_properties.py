@@ -20,15 +20,8 @@ from noprop_lab.dt import DTConfig
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAME = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
