@@ -30,14 +30,18 @@ Other objectives and data sets, photographs, blocks over processes: noprop_lab/,
 
 from __future__ import annotations
 
+import argparse
 import copy
 import ctypes
+import difflib
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -48,8 +52,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
@@ -194,8 +198,11 @@ class NoProp(nn.Module):
     """T blocks, the label embedding that they share, and the classifier, which is the head of block T.
 
     block(image_shape, embed_dim, num_classes) makes a block. Weights are drawn from (seed, block): a block
-    starts the same whatever stands beside it. equal_weights: see reverse_steps().
+    starts the same whatever stands beside it. equal_weights: see reverse_steps(). by_average: what answers
+    after t blocks, block t (False), or the mean of t blocks' class probabilities, see finish().
     """
+
+    by_average = False
 
     def __init__(self, block, num_blocks, num_classes, embed_dim, image_shape, seed, equal_weights):
         super().__init__()
@@ -266,12 +273,18 @@ class NoProp(nn.Module):
         """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
 
         images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark. Raises
-        ValueError for other shapes, types and values.
+        ValueError for other shapes, types and values. With a temperature it draws what evaluate() draws.
         """
-        return torch.cat([self(batch).softmax(-1) for batch in self.batches(images)])
+        logits, config = [], self.config
+        for i, batch in enumerate(self.batches(images)):
+            logits.append(self(batch, config.temperature, generator(config.seed, "inference", 500 * i)))
+        found = torch.cat(logits).softmax(-1)
+        if self.by_average:
+            return torch.stack([found[:, :t].mean(1) for t in range(1, found.shape[1] + 1)], dim=1)
+        return found
 
     def predict(self, images: Tensor) -> Tensor:
-        """The class of each image, (N,): argmax classifier(û_T). Images as above."""
+        """The class of each image, (N,): the most probable one. Images as above."""
         return self.probabilities(images)[:, -1].argmax(-1)
 
 
@@ -339,16 +352,20 @@ class Checked:
 class Config(Checked):
     """What decides the result; it is saved with the network."""
 
-    seed: int = 0  # decides weights, order, augmentation and noise
+    # Used most
     epochs: int = 12  # passes over the training split, each of which trains all blocks
-    batch_size: int = 512  # images a step; an incomplete last batch is left out
-    train_images: int | None = None  # only the first N images of the training split, for quick tries
+    seed: int = 0  # decides weights, order, augmentation and noise
+    # Network
     num_blocks: int = 10  # T, blocks and noise levels
     embed_dim: int = 20  # D, of the label embedding
     block: Literal["small", "deep", "reference"] = "small"  # the blocks: SIZES in the script
     target: Literal["label", "noise", "classes"] = "label"  # a block computes û, ε̂, or softmax(f) W
+    embedding: Literal["learned", "fixed"] = "learned"  # fixed: stays as it starts
+    # Loss
     eta_loss_weight: float = 2.0  # η₁, weight of MSE(ε̂, ε)
     lambda_global: float = 1.0  # η₂, weight of MSE(û, u)
+    # Recipe
+    batch_size: int = 512  # images a step; an incomplete last batch is left out
     lr: float = 0.014  # highest learning rate of AdamW
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"  # one-cycle: warms up for a fifth
     eta_min: float = 1e-6  # learning rate at the end
@@ -358,12 +375,13 @@ class Config(Checked):
     grad_clip: float = 1.0  # gradient norm of a block, of the classifier, of the embedding, each by itself
     ema_decay: float = 0.998  # at most, of the averaged weights that are evaluated; 0: no averaging
     augment: bool = True  # rotate, scale and shift the training images at random
-    weights: Literal["equal", "ddpm"] = "equal"  # with which the blocks' û enter z_t in inference
-    embedding: Literal["learned", "fixed"] = "learned"  # fixed: stays as it starts
+    train_images: int | None = None  # only the first N images of the training split, for quick tries
     precision: Literal["float32", "bfloat16"] = "float32"  # of blocks that train; bfloat16 takes hardware
     select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
-    temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
     patience: int = 15  # stop after this many epochs without a better validation accuracy
+    # Inference
+    weights: Literal["equal", "ddpm"] = "equal"  # with which the blocks' û enter z_t in inference
+    temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
 
     objective: ClassVar[str] = "hybrid"
     num_classes: ClassVar[int] = 10
@@ -402,18 +420,21 @@ class Config(Checked):
 class Options(Checked):
     """What to do, where and how: leaves the result as it is, and is not saved."""
 
+    # Used most
     preset: Literal["default", "accurate", "reference"] = "default"  # a start; flags win
-    config: Path | None = None  # a JSON file of settings, such as hpo_best.json: over --preset, below flags
-    output_dir: Path = Path(".")  # folder for all that is written
     resume: bool = False  # go on from noprop_hybrid.pt in the output folder, exactly
-    checkpoint_minutes: float = 10.0  # save after so many minutes inside an epoch too
-    data_root: Path = BESIDE if BESIDE.is_dir() else Path("data")  # holds MNIST/raw, with or without .gz
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
-    threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
-    deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
     evaluate: Path | None = None  # a checkpoint: print its test accuracy
     predict: tuple[Path, ...] = ()  # a checkpoint, then images; photographs: python -m noprop_lab predict
     run_hpo: bool = False  # search hyperparameters with Optuna, then train with the best
+    output_dir: Path = Path(".")  # folder for all that is written
+    data_root: Path = BESIDE if BESIDE.is_dir() else Path("data")  # holds MNIST/raw, with or without .gz
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
+    # Files and machine
+    config: Path | None = None  # a JSON file of settings, such as hpo_best.json: over --preset, below flags
+    checkpoint_minutes: float = 10.0  # save after so many minutes inside an epoch too
+    threads: int = torch.get_num_threads()  # on the CPU; the result does not depend on it
+    deterministic: bool = False  # on a GPU: only algorithms that repeat themselves; a CPU's always do
+    # Search
     hpo_trials: int = 60  # trials of the search, those of earlier calls included
     hpo_epochs: int = 3  # epochs of a trial
 
@@ -513,14 +534,15 @@ def augment(images: Tensor, noise: torch.Generator) -> Tensor:
 # --- Training ----------------------------------------------------------------------------------------------
 
 
-def build(config: Config, device=CPU, weights=None, block=None, kind: type[NoProp] = NoProp) -> NoProp:
-    """The network of a config, on the device: untrained, or with weights (a state dict), for inference."""
+def build(config: Config, device=CPU, content=None, block=None, kind: type[NoProp] = NoProp) -> NoProp:
+    """The network of a config, on the device: untrained, or of a checkpoint's content, for inference."""
     block = block or partial(DenoisingBlockPaper, size=SIZES[config.block])
     sizes = config.num_blocks, config.num_classes, config.dim, config.image_shape
     model = kind(partial(block, target=config.target), *sizes, config.seed, config.weights == "equal")
     model.config = config
-    if weights:
-        model.eval().load_state_dict(weights)
+    if content:
+        model.eval().load_state_dict(content["model"])
+        model.by_average = content.get("by_average", False)
     last = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
     return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -580,7 +602,7 @@ class State:
             statistics = [[x for x in module.buffers() if x.is_floating_point()] for module in both]
             self.tensors[name] = [averaged.detach(), *statistics[0]], [vector.detach(), *statistics[1]]
             self.parts[name], self.holders[name] = vector, (*both, optimizer)
-        self.step, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0
+        self.step, self.lr, self.seconds, self.selected_epoch, self.by_average = 0, 0.0, 0.0, 0, False
         self.history, self.selected = [], self.averaged.state_dict()
         self.log: list[Tensor] = []  # a row a step of this epoch: losses, then gradient norms
 
@@ -640,8 +662,9 @@ class State:
         training = {name: getattr(self, name) for name in self.POSITION}
         training["parts"] = {name: self.part_state(name) for name in self.parts}
         content = {"format": FORMAT, "objective": self.config.objective, "config": self.config.saved()}
-        content |= {"model": self.selected, "training": training, "data": digest}
-        torch.save(content | {"made_with": made_with(self.device)}, file := io.BytesIO())
+        content |= {"model": self.selected, "by_average": self.by_average, "training": training}
+        content |= {"data": digest, "made_with": made_with(self.device)}
+        torch.save(content, file := io.BytesIO())
         write_file(path, file.getvalue())
 
     def load_state_dict(self, training: dict[str, Any], selected: dict[str, Tensor]) -> None:
@@ -745,7 +768,7 @@ def check_finite(state: State) -> None:
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, Any]:
     """Accuracy in percent and cross-entropy of the chain cut after each block, lists of T.
 
-    "average" is the accuracy of the mean of the blocks' class probabilities: an ensemble's answer.
+    "average_accuracy" and "average_loss" are those of the mean of the blocks' class probabilities.
     """
 
     @torch.inference_mode()
@@ -753,12 +776,12 @@ def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = m
         images = to_float(split.images[start : start + 500])
         return model(images, config.temperature, generator(config.seed, "inference", start))
 
-    predictions = torch.cat(list(parallel(logits, range(0, len(split.labels), 500)))).cpu()  # (N, T, classes)
-    label = split.labels.cpu()[:, None].expand(predictions.shape[:2])
-    loss = F.cross_entropy(predictions.flatten(0, 1), label.flatten(), reduction="none").view(label.shape)
-    answers = torch.cat([predictions, predictions.softmax(-1).mean(1, keepdim=True)], 1).argmax(-1)
-    *chain, average = (100 * (answers == label[:, :1]).double().mean(0)).tolist()
-    return {"accuracy": chain, "average": average, "loss": loss.mean(0).tolist()}
+    shares = torch.cat(list(parallel(logits, range(0, len(split.labels), 500)))).cpu().softmax(-1)
+    shares = torch.cat([shares, shares.mean(1, keepdim=True)], dim=1)  # (N, T+1, classes)
+    label = split.labels.cpu().view(-1, 1, 1).expand(*shares.shape[:2], 1)
+    *chain, average = (100 * (shares.argmax(-1) == label[..., 0]).double().mean(0)).tolist()
+    *losses, average_loss = (-shares.gather(2, label).clamp_min(1e-38).log().mean((0, 2))).tolist()
+    return {"accuracy": chain, "loss": losses, "average_accuracy": average, "average_loss": average_loss}
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -818,7 +841,7 @@ def read_checkpoint(path: str | Path, kinds: tuple[type[Config], ...] = (Config,
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:
     """The trained network of a checkpoint, ready for predict(images). Raises Failure."""
     content = read_checkpoint(path)
-    return build(content["config"], torch.device(device), weights=content["model"])
+    return build(content["config"], torch.device(device), content)
 
 
 # --- Pictures ----------------------------------------------------------------------------------------------
@@ -1053,7 +1076,11 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
 
 
 def finish(state: State, data: Data, options: Options, started: float) -> int:
-    """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0."""
+    """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0.
+
+    The blocks' average answers from then on if on validation images its cross-entropy is lower: the last
+    block alone is too sure where blocks disagree, which no scale of its logits mends (docs/evidence.md).
+    """
     model, config = copy.deepcopy(state.averaged), state.config
     model.load_state_dict(state.selected)
     with workers(state.device, options.threads) as parallel:
@@ -1063,15 +1090,20 @@ def finish(state: State, data: Data, options: Options, started: float) -> int:
         summary |= {"versions": made_with(state.device), "finished": state.finished()}
         summary |= {"seconds": state.seconds, "seconds_total": seconds}
         summary |= {"selected_epoch": state.selected_epoch, "test_images": images}
-        summary |= {"val_accuracy": val["accuracy"][-1], "test_accuracy": chain[-1], "history": state.history}
-        summary |= {"test_accuracy_by_blocks": chain, "test_accuracy_average": test["average"]}
+        for name, found in (("val", val), ("test", test)):
+            summary |= {f"{name}_{key}": found[key][-1] for key in ("accuracy", "loss")}
+            summary |= {f"{name}_{key}_average": found[f"average_{key}"] for key in ("accuracy", "loss")}
+        summary |= {"test_accuracy_by_blocks": chain, "history": state.history}
+        state.by_average = val["average_loss"] < val["loss"][-1]
         files = [options.output_dir / name.format(config.objective) for name in OUTPUTS]
+        State.save(state, files[0], data.digest())  # in this process alone
         write_file(files[1], json.dumps(summary, indent=1).encode())
+        use = "; --evaluate and --predict answer by it" if state.by_average else ""
         say(f"""
 Test accuracy    {chain[-1]:.2f} ± {standard_error(chain[-1], images):.2f} % (± for {images:,} images)
 Weights          epoch {state.selected_epoch}, select {config.select}
 After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
-Blocks' average  {test["average"]:.2f} % (of the class probabilities of all blocks)
+Blocks' average  {test["average_accuracy"]:.2f} % (of the class probabilities of all blocks{use})
 Time             {state.seconds:.0f} s of training, {seconds:.0f} s in all, on {state.device}
 Files            {", ".join(x.name for x in files)} in {options.output_dir.resolve()}""")
         failed = picture(draw_progress, files[2], summary)
@@ -1226,6 +1258,8 @@ TRAIN += ["preset paper", "block paper", "embedding onehot", "embedding prototyp
 SEARCH = ["hpo-storage", "hpo-timeout", "hpo-objective", "hpo-final-run", "no-hpo-final-run"]
 MOVED = dict.fromkeys(TRAIN, "train") | dict.fromkeys(SEARCH, "search") | {"early-exit": "evaluate"}
 COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
+SETTING = r"^    (?:# (.+)|(\w+): (?!ClassVar).+? = .+?  # (.+))$"  # a heading, or a field with its comment
+source_of = cache(inspect.getsource)
 
 
 def start_of(options: Options) -> Config:
@@ -1237,33 +1271,63 @@ def start_of(options: Options) -> Config:
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
 
 
-def parse(start: Any, arguments: list[str], prog: str = "noprop_example.py", **more) -> Any:
-    """A dataclass like start, with what the command line changes; exits with 2 for what it can't read."""
-    import tyro
+def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", rest=None) -> dict[str, Any]:
+    """What the command line gives, by fields of these dataclasses; exits after --help. Raises Failure.
 
-    flat, home = (tyro.conf.OmitArgPrefixes,), os.path.expanduser
-    arguments = ["=".join(map(home, argument.split("=", 1))) for argument in arguments]
-    return tyro.cli(type(start), args=arguments, default=start, prog=prog, config=flat, **more)
+    A field's flag, help and heading are the lines of the source that define it. rest: a list that gets what
+    is no flag of theirs; without one, that is refused.
+    """
+
+    def fail(message: str) -> None:
+        raise Failure(message)
+
+    about = (
+        "NoProp, see README.md. Flags are shown with their defaults; of choices, the first is the default."
+    )
+    form, flags, groups = partial(argparse.HelpFormatter, max_help_position=40), [], {}
+    parser = argparse.ArgumentParser(prog, f"{prog} [flags]", about, formatter_class=form, allow_abbrev=False)
+    parser.error, parser.conflict_handler = fail, "resolve"  # a subclass may define a field anew
+    for kind in (kind for last in kinds for kind in reversed(last.__mro__) if is_dataclass(kind)):
+        hints = get_type_hints(kind)
+        for title, name, comment in re.findall(SETTING, source_of(kind), re.MULTILINE):
+            if title or not groups:
+                group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+            if name:
+                default, hint = getattr(kind, name), str(hints[name])
+                base = next((x for x in (Path, int, float) if x.__name__ in hint), str)
+                choices = re.findall("'(.+?)'", hint) if "Literal" in hint else []
+                shown = base.__name__.upper() if default in (None, ()) or base is Path else str(default)
+                how = {"metavar": shown, "type": base} | ({"nargs": "+"} if "tuple" in hint else {})
+                how = (
+                    {"choices": sorted(choices, key=lambda x, first=default: x != first)} if choices else how
+                )
+                how = {"action": argparse.BooleanOptionalAction} if hints[name] is bool else how
+                how |= {"default": argparse.SUPPRESS, "help": comment.replace("%", "%%")}
+                flags += group.add_argument(f"--{name.replace('_', '-')}", **how).option_strings
+    home = ["=".join(map(os.path.expanduser, argument.split("=", 1))) for argument in arguments]
+    found, unknown = parser.parse_known_args(home)
+    if rest is not None:
+        rest += unknown
+    elif unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        raise Failure(f"{unknown[0]} is no flag: {f'is {near[0]} meant?' if near else 'see --help'}")
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in vars(found).items()}
 
 
-def over_checkpoint(content, start: Config, rest: list[str], free: tuple[str, ...], parse=parse) -> Config:
+def over_checkpoint(content, start: Config, given: dict[str, Any], free: set[str]) -> Config:
     """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
     saved, plain = content["config"], type(start)()
-    implied = {name: x for name, x in vars(start).items() if x != vars(plain)[name]}
-    config = parse(replace(saved, **implied), rest)
-    for name, there in vars(saved).items():
-        value = getattr(config, name)
+    given = {name: x for name, x in vars(start).items() if x != vars(plain)[name]} | given
+    for name, value in given.items():
+        there = getattr(saved, name)
         if value != there and (name not in free or (name == "epochs" and value < there)):
             flag = f"--{name.replace('_', '-')} {value}"
             raise Failure(f"{flag} contradicts {content['path']}, which has {there}: leave it out")
-    return config
+    return replace(saved, **given)
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, Any] | None]:
     """Flags win over --config, that over --preset; or over a checkpoint, whose contents come too."""
-    if {"--help", "-h"} & set(arguments):
-        command = make_dataclass("Command", (("config", Config), ("options", Options)))
-        parse(command(Config(), Options()), ["--help"], description="NoProp on MNIST, see README.md.")
     words = [x for argument in arguments for x in argument.split("=", 1)]
     text = " ".join([*words, ""]).replace("_", "-")
     for flag, command in MOVED.items():
@@ -1271,21 +1335,33 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
             command = next((COMMANDS[x] for x in words if x in COMMANDS), command)
             rest = shlex.join(x for x in words if x not in COMMANDS)
             raise Failure(f"--{flag} is in the lab: python -m noprop_lab {command} {rest}")
-    bare = not {x.split("=")[0] for x in arguments} & {"--evaluate", "--predict", "--resume"}
-    options, rest = parse(Options(run_hpo=RUN_HPO and bare), arguments, return_unknown_args=True)
+    given = read_flags(arguments, Options, Config)
+    bare = not given.keys() & {"evaluate", "predict", "resume"}
+    chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
+    options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
     start, free = start_of(options), {"temperature", "weights"} if options.evaluate else {"epochs"}
     if len(options.predict) == 1:
         raise Failure("--predict takes a checkpoint and then at least one image file")
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content = read_checkpoint(path)
-        return over_checkpoint(content, start, rest, free if not options.predict else {}), options, content
+        free = set() if options.predict else free
+        return over_checkpoint(content, start, given, free), options, content
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
             raise Failure(f"{other.name} is the lab's: python -m noprop_lab train --resume goes on with it")
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    return parse(start, rest), options, None
+    return replace(start, **given), options, None
+
+
+def print_accuracy(model: NoProp, found: dict[str, Any], images: int) -> None:
+    """The test accuracy of the network's answers, see NoProp.by_average; found: what evaluate() found."""
+    accuracy, more = found["accuracy"][-1], ""
+    if model.by_average:
+        more = f" by the blocks' average, {accuracy:.2f} % by the last block"
+        accuracy = found["average_accuracy"]
+    say(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, images):.2f} %{more}.")
 
 
 def execute(arguments: list[str]) -> int:
@@ -1296,13 +1372,12 @@ def execute(arguments: list[str]) -> int:
         return search(config, options, device)
     if not (options.predict or options.evaluate):
         return run(State(config, device), load_data(config, options.data_root, device), options, content)
-    model = build(config, device, weights=content["model"])
+    model = build(config, device, content)
     if options.predict:
         return print_classes(lambda x: model.probabilities(x)[:, -1], options.predict[1:])
     test = load_data(config, options.data_root, device).test
     with workers(device, options.threads) as parallel:
-        accuracy = evaluate(model, test, config, parallel)["accuracy"][-1]
-    say(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %.")
+        print_accuracy(model, evaluate(model, test, config, parallel), len(test.labels))
     return 0
 
 
@@ -1315,9 +1390,9 @@ def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int]
     except (Failure, FloatingPointError) as error:
         say(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 3)
-    except SystemExit as stop:  # of tyro, or of a search
+    except SystemExit as stop:  # of --help, or of a search
         return int(stop.code or 0)
-    except BrokenPipeError:  # of tyro's help text
+    except BrokenPipeError:  # of the help text
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -234,8 +234,8 @@ TRAINING = [
     ),
     (
         "batch norm trains in a network that is loaded",
-        "model.eval().load_state_dict(weights)",
-        "model.load_state_dict(weights)",
+        'model.eval().load_state_dict(content["model"])',
+        'model.load_state_dict(content["model"])',
     ),
 ]
 
@@ -305,21 +305,29 @@ kept = self.selected_epoch and self.config.select == "validation"
         "model(images, 0.0, generator(",
     ),
     ("evaluate: the same noise in every batch", '"inference", start)', '"inference", 0)'),
-    (
-        "evaluate: the average is block 1",
-        "predictions.softmax(-1).mean(1, keepdim=True)",
-        "predictions.softmax(-1)[:, :1]",
-    ),
+    ("evaluate: the average is block 1", "shares.mean(1, keepdim=True)", "shares[:, :1]"),
     (
         "evaluate: the average is of logits",
-        "predictions.softmax(-1).mean(1, keepdim=True)",
-        "predictions.mean(1, keepdim=True)",
+        "torch.cat([shares, shares.mean(1, keepdim=True)], dim=1)",
+        "torch.cat([shares, shares.log().mean(1, keepdim=True).softmax(-1)], dim=1)",
     ),
     (
         "evaluate: every block has the accuracy of the last",
-        'return {"accuracy": chain, "average"',
-        'return {"accuracy": chain[-1:] * len(chain), "average"',
+        'return {"accuracy": chain, "loss"',
+        'return {"accuracy": chain[-1:] * len(chain), "loss"',
     ),
+    (
+        "the average answers where it is worse",
+        'val["average_loss"] < val["loss"][-1]',
+        'val["average_loss"] > val["loss"][-1]',
+    ),
+    (
+        "the average answers where it fits test images better",
+        'val["average_loss"] < val["loss"][-1]',
+        'test["average_loss"] < test["loss"][-1]',
+    ),
+    ("predict samples the same noise in every batch", '"inference", 500 * i)', '"inference", 0)'),
+    ("the average is of all blocks, after each", "found[:, :t].mean(1)", "found.mean(1)"),
     (
         "the standard error has no root",
         "return math.sqrt(accuracy * (100 - accuracy) / images)",

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,39 +37,38 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """NoProp's other objectives and data sets, and blocks spread over processes."""
-
-    config: LabConfig
-    options: LabOptions
-
-
 def translated(command: str, arguments: list[str]) -> list[str]:
     """The flags that say what a command and its files mean."""
     return {"train": [], "search": ["--run-hpo"]}.get(command, [f"--{command}"]) + arguments
+
+
+def settings_in(arguments: list[str], kind: type[LabConfig], read: Callable) -> dict[str, Any]:
+    """What the command line gives of a config of that kind. Raises Failure for what is no flag at all."""
+    options = {field.name for field in fields(LabOptions)}
+    return {name: x for name, x in read(arguments, kind, LabOptions).items() if name not in options}
 
 
 def read_command_line(
     command: str, arguments: list[str]
 ) -> tuple[LabConfig, LabOptions, dict[str, Any] | None]:
     """Flags win over --config, over --preset, over a data set's settings; or over what a checkpoint holds."""
-    parse = partial(noprop.parse, prog=f"python -m noprop_lab {command}")
-    helped = bool({"--help", "-h"} & set(arguments))
-    plain = [x for x in arguments if x not in ("--help", "-h")]
-    options, rest = parse(LabOptions(), translated(command, plain), return_unknown_args=True)
-    if helped:
-        parse(Command(CONFIGS[options.objective or "hybrid"](), LabOptions()), ["--help"])
+    read = partial(noprop.read_flags, prog=f"python -m noprop_lab {command}")
+    if {"--help", "-h"} & set(arguments):
+        plain = [x for x in arguments if x not in ("--help", "-h")]
+        read(["--help"], CONFIGS[read(plain, LabOptions, rest=[]).get("objective", "hybrid")], LabOptions)
+    arguments = translated(command, arguments)
+    options = LabOptions(**read(arguments, LabOptions, rest=[]))
     if command == "predict" and len(options.predict) < 2:
         raise Failure("predict takes a checkpoint and then at least one image file")
     path = checkpoint_of(options)
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content = read_checkpoint(path)
-        return over_checkpoint(options, content, path, rest, arguments, parse), options, content
+        given = settings_in(arguments, type(content["config"]), read)
+        return over_checkpoint(options, content, path, given, arguments), options, content
     if options.resume:
         say(f"Nothing to resume at {path}: starting from the beginning.")
     start = start_of(options)
-    return parse(start, rest), options, None
+    return replace(start, **settings_in(arguments, type(start), read)), options, None
 
 
 def checkpoint_of(options: LabOptions) -> Path:
@@ -117,9 +116,9 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
         raise Failure(f"cannot use these settings: {error}") from error
 
 
-def over_checkpoint(options: LabOptions, content, path: Path, rest: list[str], arguments: list[str], parse):
+def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, Any], arguments: list[str]):
     """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
-    saved, given = content["config"], {x.split("=")[0] for x in arguments}
+    saved, flags = content["config"], {x.split("=")[0] for x in arguments}
     kind = options.named_objective or saved.objective
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
@@ -127,13 +126,13 @@ def over_checkpoint(options: LabOptions, content, path: Path, rest: list[str], a
     chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
     implied = start_of(chosen, own={})  # what a data set brings was free to be another
     if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
-        named = options.resume and "--threads" in given
+        named = options.resume and "--threads" in flags
         implied = replace(implied, step_threads=options.threads if named else saved.step_threads)
         if named and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"
             raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
-    config = noprop.over_checkpoint(content, implied, rest, free, parse)
-    if options.resume and saved.dataset == "folder" and not implied.classes and "--classes" not in given:
+    config = noprop.over_checkpoint(content, implied, given, free)
+    if options.resume and saved.dataset == "folder" and not implied.classes and "classes" not in given:
         there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))
         if there != here:
             raise Failure(f"{path} has the classes {there}, --data-root {here}: add --classes {there}")
@@ -185,15 +184,14 @@ def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torc
     """Print the test accuracy of a trained network, with the temperature and weights of the config."""
     test = load_data(config, options.data_root, device).test
     if options.early_exit < 1:
-        if config.temperature:
-            raise Failure("--early-exit does not sample: it takes --temperature 0")
         probability, blocks = early_exit(model, test.images, options.early_exit)
         accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
         say(f"Early exit: {blocks.float().mean():.2f} of {len(model.blocks)} blocks an image.")
+        say(f"Test accuracy {accuracy:.2f} ± {noprop.standard_error(accuracy, len(test.labels)):.2f} %.")
     else:
         with noprop.workers(device, options.threads) as pool:
-            accuracy = noprop.evaluate(model, test, config, pool)["accuracy"][-1]
-    say(f"Test accuracy {accuracy:.2f} ± {noprop.standard_error(accuracy, len(test.labels)):.2f} %.")
+            found = noprop.evaluate(model, test, config, pool)
+        noprop.print_accuracy(model, found, len(test.labels))
     return 0
 
 
@@ -225,8 +223,9 @@ def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
 
 def merge(arguments: list[str]) -> int:
     """Put separately trained blocks together, evaluate, write all files; returns the exit code."""
-    options, rest = noprop.parse(
-        LabOptions(), arguments, "python -m noprop_lab merge", return_unknown_args=True
+    rest: list[str] = []
+    options = LabOptions(
+        **noprop.read_flags(arguments, LabOptions, prog="python -m noprop_lab merge", rest=rest)
     )
     names = ("preset", "config", "resume", "objective", "dataset", "blocks", "embedding_from")
     flags = [f"--{x.replace('_', '-')}" for x in names if getattr(options, x) != getattr(LabOptions, x)]
@@ -269,6 +268,8 @@ def execute(arguments: list[str]) -> int:
             return search(config, options, device)
         if options.early_exit < 1 and isinstance(config, flows.FlowConfig):
             raise Failure(f"--early-exit leaves a chain of blocks, and {config.objective} has none")
+        if options.early_exit < 1 and config.temperature:
+            raise Failure("--early-exit does not sample: it takes --temperature 0")
         model = network_of(content, checkpoint_of(options), device, config)
         return (
             evaluate(model, config, options, device)

@@ -29,6 +29,7 @@ class CTConfig(FlowConfig):
     """What decides the result; it is saved with the network. For NoProp-CT."""
 
     objective: ClassVar[str] = "ct"
+    # Objective
     solver: Literal["posterior", "euler", "heun"] = "posterior"  # equation 3 (τ = 0: its mean); or the flow
     eta_loss_weight: float = 1.0  # η
     classify: Literal["u_hat", "z"] = "z"  # the classifier reads z_1

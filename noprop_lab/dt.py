@@ -38,6 +38,7 @@ class DTConfig(LabConfig):
     """What decides the result; it is saved with the network. For NoProp-DT."""
 
     objective: ClassVar[str] = "dt"
+    # Objective
     target: Literal["label", "noise", "classes"] = "classes"  # a block computes û, ε̂, or softmax(f) W
     classify: Literal["u_hat", "z"] = "z"  # what the classifier reads: û_T, or z_T
     eta_loss_weight: float = 0.1  # η

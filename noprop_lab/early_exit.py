@@ -12,16 +12,20 @@ from noprop_example import NoProp
 def early_exit(model: NoProp, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Class probabilities (N, classes), and how many blocks each image went through, (N,).
 
-    An image leaves once a class is more probable than threshold. images: see NoProp.probabilities(), whose
-    ValueErrors are raised here too. Nothing is sampled: τ = 0.
+    An image leaves once a class is more probable than threshold, by the last block, or by the mean of the
+    blocks so far, see NoProp.by_average. images: see NoProp.probabilities(), whose ValueErrors are raised
+    here too. Nothing is sampled: τ = 0.
     """
     answers, blocks = [], []
     for image in model.batches(images):
         z, inside = model.start(image), torch.arange(len(image), device=image.device)
-        answer, used = image.new_empty(len(image), model.classifier.out_features), torch.zeros_like(inside)
+        answer, used = image.new_zeros(len(image), model.classifier.out_features), torch.zeros_like(inside)
         for t in range(1, len(model.blocks) + 1):
             u_hat, z = model.step(t, image, z)
-            answer[inside] = probability = model.classify(u_hat, z).softmax(-1)
+            probability = model.classify(u_hat, z).softmax(-1)
+            if model.by_average:
+                probability = answer[inside].lerp(probability, 1 / t)
+            answer[inside] = probability
             used[inside] = t
             stay = probability.amax(-1) <= threshold
             inside, image, z = inside[stay], image[stay], z[stay]

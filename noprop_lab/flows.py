@@ -27,6 +27,7 @@ STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 class FlowConfig(WholeConfig):
     """What decides the result; it is saved with the network. For one network at all t in [0, 1]."""
 
+    # Objective
     epochs: int = 30  # passes over the training split
     steps: int = 10  # of inference, from t = 0 to t = 1; may be others at each evaluation
     draws: int = 4  # values of t for each image of a step, which is encoded once for all of them

@@ -24,6 +24,7 @@ class FMConfig(FlowConfig):
     """What decides the result; it is saved with the network. For NoProp-FM."""
 
     objective: ClassVar[str] = "fm"
+    # Objective
     sigma: float = 0.1  # σ, of the noise about the straight path from z_0 to u; the paper names no value
     classify: Literal["nearest", "classifier"] = "nearest"  # the answer: nearest embedding, or by classifier
 

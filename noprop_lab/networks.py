@@ -30,17 +30,17 @@ def objective_of(config: LabConfig):
     return LabHybrid(config.eta_loss_weight, config.lambda_global, config)
 
 
-def build(config: LabConfig, device=CPU, weights: dict[str, Tensor] | None = None) -> NoProp:
-    """The network of a config, on the device: untrained, or with weights (a state dict), for inference."""
+def build(config: LabConfig, device=CPU, content: dict[str, Any] | None = None) -> NoProp:
+    """The network of a config, on the device: untrained, or of a checkpoint's content, for inference."""
     if isinstance(config, FlowConfig):
         ct = isinstance(config, CTConfig)
         schedule = NoiseSchedule(config.alpha_bar_start, config.alpha_bar_end) if ct else None
         block = partial(FlowBlock, size=config.block, schedule=schedule)
-        return noprop.build(config, device, weights, block, CTFlow if ct else FMFlow)
+        return noprop.build(config, device, content, block, CTFlow if ct else FMFlow)
     kind = ReadsZ if config.classify == "z" else NoProp
     block = PaperBlock if config.block == "paper" else partial(DenoisingBlockPaper, size=SIZES[config.block])
     block = partial(image_block, block) if config.embedding == "prototype" else block
-    return noprop.build(config, device, weights, block, kind)
+    return noprop.build(config, device, content, block, kind)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def weights_only(path: str | Path) -> bytes:
     """A checkpoint without what only training needs: a fifth of its size. Raises Failure for a part."""
     content = read_checkpoint(path)
     network_of(content, path)
-    names = ("format", "objective", "model", "made_with")
-    kept = {name: content[name] for name in names} | {"config": content["config"].saved()}
+    names = ("format", "objective", "model", "by_average", "made_with")
+    kept = {name: content.get(name) for name in names} | {"config": content["config"].saved()}
     torch.save(kept, file := io.BytesIO())
     return file.getvalue()
 
@@ -74,7 +74,7 @@ def network_of(
     if config.blocks:
         parts = f"{path} holds blocks {config.blocks} alone"
         raise Failure(f"{parts}: python -m noprop_lab merge puts parts together")
-    return build(config, device, content["model"])
+    return build(config, device, content)
 
 
 class LabState(State):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 
 from noprop_example import Config, Failure, Options
 
@@ -33,22 +32,24 @@ SOURCES = {  # only MNIST is measured
     "cifar10": Source("CIFAR10", 10, (3, 32, 32), True, DEEP),
     "cifar100": Source("CIFAR100", 100, (3, 32, 32), True, DEEP),
 }
-Dataset = Literal["mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "folder"]
+Dataset = Literal[(*SOURCES, "folder")]
 
 
 @dataclass(frozen=True)
 class LabConfig(Config):
     """What decides the result; it is saved with the network. For the hybrid loss, the script's."""
 
+    # Network
     embed_dim: int | None = None  # D, of the label embedding; None: 20, or as many as classes
     block: Literal["small", "deep", "reference", "paper"] = "small"  # paper: the paper's own, 2.0 M weights
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "learned"  # prototype: an image a class
     classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
+    # Folders of pictures
     image_size: int = 32  # of --dataset folder: pictures are scaled to squares of this size, in colour
     classes: tuple[str, ...] = ()  # of --dataset folder: its subfolders to tell apart; none named: all
     mirror: bool = False  # of --dataset folder: half of the pictures are mirrored, at random
-    dataset: tyro.conf.Suppress[Dataset] = "mnist"  # this and the next: see LabOptions
-    blocks: tyro.conf.Suppress[str | None] = None
+    dataset: Dataset = "mnist"
+    blocks: str | None = None
 
     WITHOUT_EFFECT = ()  # settings that the objective does not know
     FREE = ("temperature", "weights")  # that each evaluation may change
@@ -125,6 +126,7 @@ class LabConfig(Config):
 class WholeConfig(LabConfig):
     """For an objective that trains one network as a whole, on which all threads work at once."""
 
+    # Objective
     step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
 
     def __post_init__(self):
@@ -148,16 +150,19 @@ class WholeConfig(LabConfig):
 class LabOptions(Options):
     """What to do, where and how."""
 
+    # Used most
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
     objective: Literal["hybrid", "dt", "ct", "fm", "backprop"] | None = None  # dt, ct, fm: the paper's
     dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
+    # Parts of a network
     blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for merge
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
     early_exit: float = 1.0  # evaluate, predict: an image leaves the chain once a class is more probable
-    hpo_storage: str | None = None  # search: a database URL for several machines; None: noprop_hpo.db
-    hpo_timeout: float | None = None  # search: seconds after which no new trial starts
+    # Search
+    hpo_storage: str | None = None  # a database URL for several machines; None: noprop_hpo.db
+    hpo_timeout: float | None = None  # seconds after which no new trial starts
     hpo_objective: Literal["loss", "error"] = "loss"  # of validation images: the cross-entropy ranks better
-    hpo_final_run: bool = True  # search: train with the best trial's settings afterwards
+    hpo_final_run: bool = True  # train with the best trial's settings afterwards
 
     @property
     def named_objective(self) -> str | None:

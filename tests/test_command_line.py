@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
@@ -71,9 +72,14 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--bogus", "1"], "--bogus"),
+        (["--bogus", "1"], "--bogus is no flag: see --help"),
+        (["--epoch=1"], "--epoch=1 is no flag: is --epochs meant?"),
+        (["--presett", "accurate", "--lr", ".1"], "is --preset meant?"),
+        (["a.png"], "a.png is no flag"),
         (["--epochs", "many"], "--epochs"),
+        (["--epochs"], "--epochs: expected one argument"),
         (["--preset", "none"], "--preset"),
+        (["--predict"], "--predict: expected at least one argument"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch-size", "1"], "batch_size must be at least 2"),
         (["--batch-size", "60000"], "--batch-size 60000 is more than the 55000 training images"),
@@ -165,6 +171,20 @@ def test_run_hpo_decides_only_what_a_bare_call_does(trained, tmp_path, monkeypat
         assert not noprop.read_command_line(arguments)[1].run_hpo
     assert not noprop.read_command_line(["--predict", str(checkpoint), "a.png"])[1].run_hpo
     assert not noprop.read_command_line(["--no-run-hpo"])[1].run_hpo
+
+
+def test_help_has_every_setting_in_a_line_the_most_used_ones_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert noprop.main(["--help"]) == 0
+    _, _, _, used_most, *others = capsys.readouterr().out.split("\n\n")
+    first = re.findall(r"^  (--[a-z-]+)", used_most, re.M)
+    assert len(first) == 10 and {"--epochs", "--resume", "--predict"} < set(first)
+    headings = ["Files and machine", "Search", "Network", "Loss", "Recipe", "Inference"]
+    assert [text.split(":")[0] for text in others] == headings
+    for field in (*fields(noprop.Config), *fields(noprop.Options)):
+        flag = f"--{field.name.replace('_', '-')}"
+        assert len(re.findall(rf"^  {flag}\b.*\S\s\s+\S", "\n".join([used_most, *others]), re.M)) == 1, flag
+    assert re.search(r"--lr 0.014 +highest learning rate of AdamW", others[4])
 
 
 def test_a_home_folder(monkeypatch, tmp_path):
@@ -336,7 +356,7 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir()), result.stderr
     modules = set(result.stderr.split())
     assert "noprop_example" in modules
-    assert not {"matplotlib", "optuna", "torchvision", "PIL", "tyro"} & modules
+    assert not {"matplotlib", "optuna", "torchvision", "PIL"} & modules
 
 
 @pytest.mark.slow

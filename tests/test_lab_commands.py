@@ -164,7 +164,7 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("evaluate F --dataset kmnist", "--dataset kmnist contradicts F, which has mnist"),
         ("evaluate F --resume", "choose one of"),
         ("evaluate", "--evaluate"),
-        ("predict", "a checkpoint and then at least one image file"),
+        ("predict", "--predict: expected at least one argument"),
         ("predict F", "a checkpoint and then at least one image file"),
         ("predict F none.png", "cannot read the image none.png"),
         ("search --blocks 1 --embedding fixed", "take all blocks, not 1 alone"),

@@ -292,8 +292,10 @@ def network(tmp_path_factory):
     return folder / "noprop_hybrid.pt"
 
 
-def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(network, data):
+@pytest.mark.parametrize("by_average", [False, True])
+def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(by_average, network, data):
     model, images = load(network), data.test.images[:600]
+    model.by_average = by_average
     whole = model.probabilities(images)  # (N, T, classes)
     answers, blocks = early_exit(model, images, 0.9)
     sure = whole.amax(-1) > 0.9

@@ -201,16 +201,18 @@ def test_evaluate_counts_as_a_loop_does(small_data):
     labels = logits.mean(1).argmax(1)  # so that some are right
     labels[::2], labels[::3] = logits[::2, 1].argmax(1), logits[::3, 2].argmax(1)
     found = noprop.evaluate(model, noprop.Split(small_data.test.images, labels), noprop.Config())
-    right, losses, average = [0] * 3, [0.0] * 3, 0
+    right, losses, average, average_loss = [0] * 3, [0.0] * 3, 0, 0.0
     for answer, label in zip(logits, labels.tolist(), strict=True):
         shares = [row.exp() / row.exp().sum() for row in answer]
         for t in range(3):
             right[t] += int(answer[t].argmax()) == label
             losses[t] -= shares[t][label].log().item()
         average += int(sum(shares).argmax()) == label
+        average_loss -= (sum(shares)[label] / 3).log().item()
     assert found["accuracy"] == pytest.approx([100 * x / 500 for x in right])
-    assert found["average"] == pytest.approx(100 * average / 500)
+    assert found["average_accuracy"] == pytest.approx(100 * average / 500)
     assert found["loss"] == pytest.approx([x / 500 for x in losses], rel=1e-4)
+    assert found["average_loss"] == pytest.approx(average_loss / 500, rel=1e-4)
     assert len({*right, average}) == 4  # else the test could not tell them apart
 
 
@@ -230,11 +232,27 @@ def test_the_chain_has_the_weights_that_the_config_names(weights):
     assert model.steps == noprop.reverse_steps(noprop.cosine_schedule(4), weights == "equal").tolist()
 
 
-def test_the_answer_is_that_of_the_last_block():
+def test_the_answer_is_that_of_the_last_block_or_of_the_average_so_far():
     model = noprop.build(noprop.Config(num_blocks=3), kind=Table)
     images = torch.zeros(7, 28, 28, dtype=torch.uint8)
     assert model.predict(images).tolist() == [3] * 7
     assert model.probabilities(images).argmax(-1).tolist() == [[1, 2, 3]] * 7
+    model.by_average, alone = True, model.probabilities(images)
+    assert model.predict(images).tolist() == [4] * 7
+    for t in range(3):
+        torch.testing.assert_close(model.probabilities(images)[:, t], alone[:, : t + 1].mean(1))
+
+
+@pytest.mark.parametrize("by_average", [False, True])
+def test_predict_gives_the_answers_that_evaluate_counts(by_average, data):
+    """Also where it samples, which it does in batches of 500."""
+    config = noprop.Config(num_blocks=3, temperature=1.0, weights="ddpm", seed=3)
+    model = noprop.build(config).eval()
+    model.by_average = by_average
+    answers = model.predict(data.val.images[:1200])
+    found = noprop.evaluate(model, noprop.Split(data.val.images[:1200], answers), config)
+    assert [found["accuracy"][-1], found["average_accuracy"]][by_average] == 100
+    assert [found["accuracy"][-1], found["average_accuracy"]][not by_average] < 100
 
 
 def test_images_of_bytes_and_of_shares_are_the_same(small_data):
@@ -312,6 +330,35 @@ def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
     assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
     assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["test_accuracy"] == 100
     assert noprop.evaluate(state.averaged, data.test, state.config)["accuracy"][-1] < 100
+
+
+@pytest.mark.parametrize("sure", [3, 0])
+def test_the_blocks_average_answers_where_it_fits_validation_images_better(
+    sure, small_data, tmp_path, capsys
+):
+    """Block 3 is right about all, or about validation images alone; blocks 1 and 2 are always unsure."""
+
+    class Last(Table):
+        def forward(self, image, temperature=0.0, noise=None):
+            logits = torch.zeros(len(image), 3, 10)
+            logits[:, 2, sure] = 9.0
+            return logits
+
+    data = small_data._replace(val=small_data.val._replace(labels=torch.full((500,), 3)))
+    state = noprop.State(
+        noprop.Config(num_blocks=3), model=noprop.build(noprop.Config(num_blocks=3), kind=Last)
+    )
+    assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
+    summary = json.loads((tmp_path / "noprop_hybrid.json").read_text())
+    losses = summary["val_loss_average"], summary["val_loss"]
+    by_average = sure != 3  # a wrong answer that is sure costs more than the mean with two that are not
+    assert (losses[0] < losses[1]) == state.by_average == by_average
+    assert ("--evaluate and --predict answer by it" in capsys.readouterr().out) == by_average
+    assert noprop.load(tmp_path / "noprop_hybrid.pt").by_average == by_average
+    content = torch.load(tmp_path / "noprop_hybrid.pt", weights_only=True)
+    del content["by_average"]  # as checkpoints were
+    torch.save(content, tmp_path / "older.pt")
+    assert not noprop.load(tmp_path / "older.pt").by_average
 
 
 def test_standard_error():
