@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import noprop
 from torch import Tensor, nn
 
+from benchmarks.separate import Arm, config_of
 from benchmarks.theory import formula
+from noprop_lab.networks import build
 
 T, K, D = 10, 10, 20
 
@@ -109,3 +112,29 @@ def test_an_ideal_block_has_the_smallest_loss(t):
         return noprop.Hybrid().block_loss(*step)[0].item()
 
     assert loss(1.0) < min(loss(0.0), loss(0.5), loss(2.0))
+
+
+@pytest.mark.parametrize("t", [1, 6])
+def test_the_arms_that_separate_noise_from_loss(t):
+    """Without noise a block sees z = 0, with NoProp's weights of its loss; by cross-entropy, that of f."""
+    image, label, alpha_bar = torch.rand(9, 1, 28, 28), torch.arange(9), noprop.cosine_schedule(10)
+    level, seen = alpha_bar[t - 1].item(), []
+    for loss, noise in (("mse", False), ("ce", False), ("ce", True)):
+        config = config_of("mnist", 0, loss)
+        model = build(config)
+        block, W = model.blocks[t - 1].eval(), model.label_embedding.weight
+        block.label.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+        eps = torch.randn(9, 20)
+        found, u_hat = Arm(2.0, 1.0, config, loss, noise).block_loss(
+            block, t, alpha_bar, image, label, W, lambda *_, eps=eps: eps
+        )
+        z = (level**0.5 * W[label] + (1 - level) ** 0.5 * eps) if noise else torch.zeros(9, 20)
+        torch.testing.assert_close(seen[-1], z)
+        f = block.head(torch.cat([block.image(image), block.label(z)], 1))
+        if loss == "mse":
+            torch.testing.assert_close(u_hat, f, rtol=1e-4, atol=1e-5)
+            expected = (2 * level / (1 - level) + 1) * F.mse_loss(f, W[label])
+        else:
+            torch.testing.assert_close(u_hat, f.softmax(-1) @ W)
+            expected = F.cross_entropy(f, label)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

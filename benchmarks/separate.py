@@ -1,0 +1,162 @@
+"""Noise or loss: which of the two tells NoProp's ten blocks from ten plain CNNs?
+
+    python benchmarks/separate.py mnist                           train what is missing, evaluate, report
+    python benchmarks/separate.py fashion_mnist --data-root DIR   DIR has the four files, or FashionMNIST/raw
+    python benchmarks/separate.py --report                        the tables, from benchmarks/results/
+
+benchmarks/control.py changes both at once. Here ten blocks are trained side by side on the same batches, at
+NoProp's settings and learning rate, with the other noise, the other loss, or both; after it has run, as its
+rows for NoProp and the CNNs stand beside these. Networks are kept in runs/separate/ below the current folder,
+answers in benchmarks/results/separate-DATASET-REPLICATE.npz.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import noprop_example as noprop
+from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, measured
+from benchmarks.intervals import interval, packed, resampled
+from benchmarks.seeds import mean as mean_and_error
+from benchmarks.seeds import write
+from noprop_lab import networks
+from noprop_lab.data import load_data
+from noprop_lab.dt import LabHybrid
+from noprop_lab.settings import LabConfig
+
+ARMS = {"MSE, no noise": ("mse", False), "cross-entropy, noise": ("ce", True)}
+ARMS |= {"cross-entropy, no noise": ("ce", False)}
+CHAIN_AVERAGE = "NoProp: mean of blocks along the chain"
+
+
+@dataclass(frozen=True)
+class Arm(LabHybrid):
+    """The hybrid loss, or cross-entropy of a block's class logits; with noise, or at z = 0."""
+
+    loss: str = "mse"
+    noise: bool = True
+
+    def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
+        level, u = alpha_bar[t - 1].item(), F.embedding(label, W)
+
+        def without(purpose: str, shape, *more) -> Tensor:
+            """The noise that makes z = √ᾱ u + √(1-ᾱ) ε zero."""
+            return -((level / (1 - level)) ** 0.5) * u
+
+        draw = draw if self.noise else without
+        if self.loss == "mse":
+            return super().block_loss(block, t, alpha_bar, image, label, W, draw)
+        z = noprop.noisy_label(u, draw("noise", u.shape), level)
+        logits = block.head(torch.cat([block.image(image), block.label(z)], dim=1))
+        return F.cross_entropy(logits, label), logits.softmax(-1) @ W
+
+
+def config_of(dataset: str, replicate: int, loss: str) -> LabConfig:
+    """NoProp's settings, with the seeds of control.py; W is fixed where the loss could make z a hint."""
+    more = dict(target="classes", embedding="fixed") if loss == "ce" else {}
+    return LabConfig(dataset=dataset, seed=5 + replicate, select="last", **more)
+
+
+def trained(dataset: str, replicate: int, loss: str, noise: bool, data: noprop.Data, threads: int):
+    """The trained network of an arm."""
+    config = config_of(dataset, replicate, loss)
+    path = Path("runs/separate") / dataset / f"{loss}-{'noise' if noise else 'none'}-seed{config.seed}.pt"
+    if not path.exists():
+        state = networks.LabState(config)
+        state.objective = Arm(config.eta_loss_weight, config.lambda_global, config, loss, noise)
+        for record in noprop.train(state, data._replace(test=None), threads=threads):
+            noprop.say(f"{path}: epoch {record['epoch']} of {config.epochs}, {record['seconds']:.0f} s")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state.save(path, data.digest())
+    return networks.load(path)
+
+
+@torch.inference_mode()
+def log_probabilities(model, split: noprop.Split, chained: bool) -> Tensor:
+    """log p after every block, along the chain or each at z = 0, (N, T, classes).
+
+    By cross-entropy û = p W, and p is read from it as û Wᵀ; by MSE it is what the classifier makes of û.
+    """
+    found, W = [], model.label_embedding.weight
+    for x in split.images.split(500):
+        x, rows = noprop.to_float(x), []
+        z = start = model.start(x)
+        for t in range(1, len(model.blocks) + 1):
+            u_hat, z = model.step(t, x, z if chained else start)
+            by_p = model.config.target == "classes"
+            rows.append((u_hat @ W.T).clamp_min(1e-9).log() if by_p else model.classify(u_hat, z))
+        found.append(torch.stack(rows, 1))
+    return torch.cat(found).double().log_softmax(-1)
+
+
+def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> None:
+    """Train what is missing, answer the test images, once, and keep the answers."""
+    path, rows = RESULTS / f"separate-{dataset}-{replicate}.npz", {}
+    if path.exists():
+        return
+    for name, (loss, noise) in ARMS.items():
+        model = trained(dataset, replicate, loss, noise, data, threads)
+        log_p = log_probabilities(model, data.test, chained=noise)
+        rows[f"NoProp's blocks, {name}: block 1"] = log_p[:, 0]
+        rows[f"NoProp's blocks, {name}: mean of ten blocks"] = averaged(log_p)
+        if noise:
+            rows[f"NoProp's blocks, {name}: chain of ten"] = log_p[:, -1]
+    kept = {name: packed(log_p, data.test.labels)[None] for name, log_p in rows.items()}
+    np.savez_compressed(path, **kept)
+
+
+def table(rows: dict[str, np.ndarray]) -> str:
+    """The Markdown table of a data set; rows: (R, n, 2, N) each."""
+    columns = "", "accuracy", "nll", "ECE", "accuracy − ten CNNs'", "nll − ten CNNs'"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    accuracy, loss = (resampled(rows, which) for which in (0, 1))
+    for name, kept in rows.items():
+        values = zip(measured(kept), (2, 4, 2), strict=True)
+        cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
+        apart = interval(accuracy[name] - accuracy[TEN], 2), interval(loss[name] - loss[TEN], 4)
+        lines.append(f"| {' | '.join([name, *cells, *(apart if name != TEN else ('', ''))])} |")
+    return "\n".join(lines)
+
+
+def report() -> int:
+    """Print the tables, and put them into docs/evidence.md."""
+    parts = []
+    for dataset, title in DATASETS.items():
+        paths = sorted(RESULTS.glob(f"separate-{dataset}-[0-9].npz"))
+        files = [(np.load(x), np.load(RESULTS / x.name.replace("separate", "control"))) for x in paths]
+        if files:
+            names = [(0, name) for name in files[0][0].files]
+            names += [(1, name) for name in (CHAIN, CHAIN_AVERAGE, BLOCK, ONE, TEN)]
+            rows = {name: np.stack([pair[i][name] for pair in files]) for i, name in names}
+            parts += [f"**{title}**, replicates: {len(files)}", table(rows)]
+    noprop.say(text := "\n\n".join(parts))
+    write("separate", text)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("dataset", choices=DATASETS, nargs="?")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
+    parser.add_argument("--replicates", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    if not (given.dataset or given.report):
+        parser.error("name a data set, or --report")
+    if not given.report:
+        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
+        for replicate in range(given.replicates):
+            evaluate(given.dataset, replicate, data, given.threads)
+    return report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
