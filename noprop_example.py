@@ -491,7 +491,9 @@ def read_mnist(folder: Path, sums: dict[str, str] = MD5) -> tuple[Split, Split]:
             with (gzip.open if path.suffix else open)(path, "rb") as file:
                 content = bytearray(file.read())
         except (OSError, EOFError, zlib.error) as error:
-            raise Failure(f"cannot read {path}, see --data-root: {Failure(error)}") from error
+            get = f", or in Python torchvision.datasets.MNIST('{folder.parents[1]}', download=True)"
+            where = "see --data-root" + get * (sums is MD5)
+            raise Failure(f"cannot read {path}: {Failure(error)}; {where}") from error
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
             raise Failure(f"{path} is damaged (its md5, unpacked, is not {md5}): put a fresh copy there")
         tensors.append(torch.frombuffer(content, dtype=torch.uint8))

@@ -102,7 +102,9 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
     given = read_settings(options.config)
     dataset = options.dataset or given.get("dataset", "mnist")
     try:
-        start, plain = (kind if options.preset == "default" else getattr(kind, options.preset))(), kind()
+        make = kind if options.preset == "default" else getattr(kind, options.preset)
+        of_set = {"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {}
+        start, plain = make(**of_set), kind()
         if own is None:
             own = SOURCES[dataset].settings if dataset in SOURCES else {}
             own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from noprop_example import Failure, noisy_label, reverse_steps, send
 from noprop_lab.dt import seed_dropout
-from noprop_lab.flows import PAPER, Flow, FlowConfig, stratified
+from noprop_lab.flows import Flow, FlowConfig, paper_setting, stratified
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class CTConfig(FlowConfig):
             raise Failure("the weight of the network's loss is 0: it would learn nothing")
 
     @classmethod
-    def paper(cls, **changes) -> CTConfig:
-        """The paper's whole setting for MNIST; meant for a GPU. Neither of our clips is the paper's."""
-        return cls(**PAPER | changes)
+    def paper(cls, dataset: str = "mnist", **changes) -> CTConfig:
+        """The paper's whole setting; meant for a GPU. Neither of our clips is the paper's."""
+        return cls(**paper_setting(dataset) | changes)
 
 
 def log_odds(p: float) -> float:

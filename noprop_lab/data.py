@@ -40,6 +40,8 @@ def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data
     else:
         train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
     data = split_data(train, test, config, device)
+    if config.all_images:
+        data = data._replace(train=Split(*(torch.cat(x) for x in zip(data.train, data.val, strict=True))))
     return data._replace(augment=augment_or_mirror) if config.augment and config.source.flip else data
 
 

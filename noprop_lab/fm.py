@@ -16,7 +16,7 @@ from torch import Tensor
 
 from noprop_example import Failure
 from noprop_lab.dt import seed_dropout
-from noprop_lab.flows import PAPER, Flow, FlowConfig, stratified
+from noprop_lab.flows import Flow, FlowConfig, paper_setting, stratified
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class FMConfig(FlowConfig):
             )
 
     @classmethod
-    def paper(cls, **changes) -> FMConfig:
-        """The paper's whole setting for MNIST; meant for a GPU. Neither of our clips is the paper's."""
-        return cls(**PAPER | changes)
+    def paper(cls, dataset: str = "mnist", **changes) -> FMConfig:
+        """The paper's whole setting; meant for a GPU. Neither of our clips is the paper's."""
+        return cls(**paper_setting(dataset) | changes)
 
 
 @dataclass(frozen=True)

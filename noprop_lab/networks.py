@@ -100,8 +100,9 @@ class LabState(State):
         self.blocks = config.own_blocks
 
     def measure(self, data: Data, parallel) -> dict[str, Any]:
-        hidden = data._replace(val=None, test=None) if self.config.blocks else data
-        return super().measure(hidden, parallel)
+        if self.config.blocks:
+            data = data._replace(val=None, test=None)
+        return super().measure(data._replace(val=None) if self.config.all_images else data, parallel)
 
 
 def embedding_from(path: Path, config: LabConfig) -> Tensor:

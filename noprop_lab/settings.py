@@ -44,6 +44,8 @@ class LabConfig(Config):
     block: Literal["small", "deep", "reference", "paper"] = "small"  # paper: the paper's own, 2.0 M weights
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "learned"  # prototype: an image a class
     classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
+    # Recipe
+    all_images: bool = False  # train on the validation images too; takes --select last
     # Folders of pictures
     image_size: int = 32  # of --dataset folder: pictures are scaled to squares of this size, in colour
     classes: tuple[str, ...] = ()  # of --dataset folder: its subfolders to tell apart; none named: all
@@ -65,6 +67,8 @@ class LabConfig(Config):
             raise Failure(f"image_size must be at least 28, not {self.image_size}")
         if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
             raise Failure("classes are those of dataset folder, each of them once")
+        if self.all_images and self.select != "last":
+            raise Failure("all_images leaves none to select by: it takes select last")
         if self.mirror and self.dataset != "folder":
             raise Failure("mirror is of dataset folder: the others know whether a mirror image is as good")
         for field in fields(self):
@@ -115,7 +119,14 @@ class LabConfig(Config):
 
     def saved(self) -> dict[str, Any]:
         """The script's fields, and of the lab's those that say something: the script reads what it knows."""
-        ours = {"classify": "u_hat", "image_size": 32, "classes": (), "mirror": False, "dataset": "mnist"}
+        ours = {
+            "classify": "u_hat",
+            "all_images": False,
+            "image_size": 32,
+            "classes": (),
+            "mirror": False,
+            "dataset": "mnist",
+        }
         ours |= {"blocks": None}
         whole = asdict(self) | {"embed_dim": self.dim}
         kept = {name: x for name, x in whole.items() if name not in ours or x != ours[name]}

@@ -101,6 +101,16 @@ def test_a_run_on_fashion_mnist(tmp_path, fashion, capsys):
     refused(capsys, 2, ["train", *flags], "train-labels-idx1-ubyte.gz", "Not a gzipped file")
 
 
+def test_all_images_are_those_to_train_and_to_choose_by_and_nothing_is_chosen(tmp_path, data, capsys):
+    whole = lab_data.load_data(LabConfig(all_images=True, select="last"), noprop.Options.data_root)
+    assert len(whole.train.labels) == 60_000 and torch.equal(whole.test.images, data.test.images)
+    for mine, (kept, held_out) in zip(whole.train, zip(data.train, data.val, strict=True), strict=True):
+        assert torch.equal(mine[:55_000], kept) and torch.equal(mine[55_000:], held_out)
+    flags = flags_of(tmp_path, "--all-images", "--select=last", num_blocks=2, train_images=256)
+    assert lab.main(["train", *flags]) == 0 and "validation nan %" in capsys.readouterr().out
+    assert load(tmp_path / "noprop_hybrid.pt").config.all_images
+
+
 def test_kmnist_is_checked_by_its_packed_files(tmp_path, data, monkeypatch, capsys):
     from torchvision import datasets
 
