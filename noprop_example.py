@@ -1077,36 +1077,41 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     return 0
 
 
+def summary_of(state: State, val: dict, test: dict, images: int, started: float) -> dict[str, Any]:
+    """What the JSON file of a run holds; val, test: of evaluate(), of the selected weights."""
+    config, found = state.config, {}
+    for name, split in (("val", val), ("test", test)):
+        found |= {f"{name}_{key}": split[key][-1] for key in ("accuracy", "loss")}
+        found |= {f"{name}_{key}_average": split[f"average_{key}"] for key in ("accuracy", "loss")}
+    found |= {"objective": config.objective, "config": config.saved(), "versions": made_with(state.device)}
+    found |= {"epochs": len(state.history), "finished": state.finished(), "test_images": images}
+    found |= {"selected_epoch": state.selected_epoch, "seconds": state.seconds}
+    return found | {"seconds_total": time.perf_counter() - started, "history": state.history}
+
+
 def finish(state: State, data: Data, options: Options, started: float) -> int:
     """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0.
 
     The blocks' average answers from then on if on validation images its cross-entropy is lower: the last
     block alone is too sure where blocks disagree, which no scale of its logits mends (docs/evidence.md).
     """
-    model, config = copy.deepcopy(state.averaged), state.config
+    model, images = copy.deepcopy(state.averaged), len(data.test.labels)
     model.load_state_dict(state.selected)
     with workers(state.device, options.threads) as parallel:
-        val, test = (evaluate(model, split, config, parallel) for split in (data.val, data.test))
-        chain, images, seconds = test["accuracy"], len(data.test.labels), time.perf_counter() - started
-        summary = {"objective": config.objective, "config": config.saved(), "epochs": len(state.history)}
-        summary |= {"versions": made_with(state.device), "finished": state.finished()}
-        summary |= {"seconds": state.seconds, "seconds_total": seconds}
-        summary |= {"selected_epoch": state.selected_epoch, "test_images": images}
-        for name, found in (("val", val), ("test", test)):
-            summary |= {f"{name}_{key}": found[key][-1] for key in ("accuracy", "loss")}
-            summary |= {f"{name}_{key}_average": found[f"average_{key}"] for key in ("accuracy", "loss")}
-        summary |= {"test_accuracy_by_blocks": chain, "history": state.history}
+        val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
+        chain, summary = test["accuracy"], summary_of(state, val, test, images, started)
+        summary["test_accuracy_by_blocks"] = chain
         state.by_average = val["average_loss"] < val["loss"][-1]
-        files = [options.output_dir / name.format(config.objective) for name in OUTPUTS]
+        use = "; --evaluate and --predict answer by it" if state.by_average else ""
+        files = [options.output_dir / name.format(state.config.objective) for name in OUTPUTS]
         State.save(state, files[0], data.digest())  # in this process alone
         write_file(files[1], json.dumps(summary, indent=1).encode())
-        use = "; --evaluate and --predict answer by it" if state.by_average else ""
         say(f"""
 Test accuracy    {chain[-1]:.2f} ± {standard_error(chain[-1], images):.2f} % (± for {images:,} images)
-Weights          epoch {state.selected_epoch}, select {config.select}
+Weights          epoch {state.selected_epoch}, select {state.config.select}
 After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
 Blocks' average  {test["average_accuracy"]:.2f} % (of the class probabilities of all blocks{use})
-Time             {state.seconds:.0f} s of training, {seconds:.0f} s in all, on {state.device}
+Time             {state.seconds:.0f} s of training, {summary["seconds_total"]:.0f} s in all, on {state.device}
 Files            {", ".join(x.name for x in files)} in {options.output_dir.resolve()}""")
         failed = picture(draw_progress, files[2], summary)
         return failed | picture(draw_denoising, files[3], model, data.test)

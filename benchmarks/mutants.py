@@ -6,9 +6,11 @@
 
 Plants each in a temporary copy of the project, and runs there the tests that reach its line, quick ones
 first, up to the first failure, and of those that would take longer than BUDGET together only the first. What
-each test reaches is found out before, under coverage.py. What is known is kept in runs/mutants.jsonl, below
-the current folder, so that a stopped call goes on; where sources or tests have changed, all begins anew. A
-timeout counts as killed; what can't be imported, or ends pytest itself, counts as neither.
+each test reaches is found out before, under coverage.py. Left out are changes that can't matter, by their
+kind: a string that is equal made one that comes before or after; -1 made 1 as an argument (a dimension: the
+last of two); arguments in SILENT, on which no result depends. What is known is kept in runs/mutants.jsonl,
+below the current folder, so that a stopped call goes on; where sources or tests have changed, all begins
+anew. A timeout counts as killed; what can't be imported, or ends pytest itself, counts as neither.
 
 Needs, beside requirements-dev.txt: pip install "cosmic-ray>=8.7,<9" "pytest-cov>=6,<8"
 """
@@ -59,6 +61,7 @@ STUCK = 60  # seconds that a test may take, and all of them whatever they take w
 POINTLESS = re.compile(r"Variable|(Shift|Bit\w+|_Is|_IsNot|_Invert)$")  # random, or a TypeError nearly always
 OUTCOMES = {0: "survived", 1: "killed", 5: "survived"}  # 5: pytest has found no test
 NOTES = ("annotation", "returns")  # of nodes of ast
+SILENT = ("cache_enabled", "deepcopy", "flush", "indent", "non_blocking", "set_to_none", "usedforsecurity")
 running: set[subprocess.Popen] = set()
 
 
@@ -91,16 +94,27 @@ def planted(base: Path) -> list[Mutant]:
     return mutants
 
 
-def annotations(source: str) -> list[tuple]:
-    """Where type annotations stand: pairs of (line, column)."""
-    nodes = [getattr(node, name, None) for node in ast.walk(ast.parse(source)) for name in NOTES]
+def pointless(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    """Parts of a node that are not to be changed, by operators whose names have a match of the pattern."""
+    for name in NOTES:
+        yield getattr(node, name, None), ""
+    if isinstance(node, ast.Compare):
+        sides = [getattr(x, "value", None) for x in (node.left, *node.comparators)]
+        yield node if any(isinstance(x, str) for x in sides) else None, "Eq_[LG]t"
+    if isinstance(node, ast.Call):
+        yield from ((x, "UnaryOperator") for x in node.args if ast.unparse(x) == "-1")
+        yield from ((x.value, "") for x in node.keywords if x.arg in SILENT)
+
+
+def left_out(source: str) -> list[tuple]:
+    """Where what is not to be changed starts and ends, (line, column) each, and by which operators."""
     lines = [line.encode() for line in source.split("\n")]
 
     def place(line: int, column: int) -> tuple[int, int]:  # ast counts bytes, and parso letters
         return line, len(lines[line - 1][:column].decode())
 
-    found = [node for node in nodes if node]
-    return [(place(x.lineno, x.col_offset), place(x.end_lineno, x.end_col_offset)) for x in found]
+    found = [pair for node in ast.walk(ast.parse(source)) for pair in pointless(node) if pair[0]]
+    return [(place(x.lineno, x.col_offset), place(x.end_lineno, x.end_col_offset), by) for x, by in found]
 
 
 def chunks(source: str) -> Iterator[tuple[int, int]]:
@@ -116,12 +130,12 @@ def places(source: str) -> Iterator[tuple[str, int, tuple[int, int]]]:
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast
 
-    nodes, left_out = list(ast_nodes(get_ast(source))), annotations(source)
+    nodes, spared = list(ast_nodes(get_ast(source))), left_out(source)
     for name in filter(lambda name: not POINTLESS.search(name), plugins.operator_names()):
         operator = plugins.get_operator(name)()
         starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
         for occurrence, start in enumerate(starts):
-            if not any(first <= start < last for first, last in left_out):
+            if not any(first <= start < last and re.search(by, name) for first, last, by in spared):
                 yield name, occurrence, start
 
 

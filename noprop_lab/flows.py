@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -160,16 +159,9 @@ def finish(state, data, options, started: float) -> int:
         val = evaluate(model, data.val, config, parallel)
         found = {n: evaluate(model.with_steps(n), data.test, config, parallel) for n in counts}
     by_steps, images = {n: x["accuracy"][-1] for n, x in found.items()}, len(data.test.labels)
-    accuracy, total = by_steps[config.steps], time.perf_counter() - started
-    summary = {"objective": config.objective, "config": config.saved(), "epochs": len(state.history)}
-    summary |= {"versions": noprop.made_with(state.device), "finished": state.finished()}
-    summary |= {"seconds": state.seconds, "seconds_total": total, "selected_epoch": state.selected_epoch}
-    summary |= {"test_images": images, "val_accuracy": val["accuracy"][-1], "test_accuracy": accuracy}
-    summary |= {
-        "test_loss": found[config.steps]["loss"][-1],
-        "test_accuracy_by_steps": by_steps,
-        "history": state.history,
-    }
+    summary = noprop.summary_of(state, val, found[config.steps], images, started)
+    accuracy, total = by_steps[config.steps], summary["seconds_total"]
+    summary["test_accuracy_by_steps"] = by_steps
     schedule = model.blocks[0].schedule
     summary |= {"schedule": schedule.summary()} if schedule else {}
     files = [options.output_dir / name.format(config.objective) for name in noprop.OUTPUTS]
