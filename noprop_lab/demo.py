@@ -42,9 +42,7 @@ def emerging(model: NoProp, images: torch.Tensor, temperature: float, draw: int)
 def chart(images: torch.Tensor, frames: torch.Tensor, names: list[str], leaves: int) -> str:
     """SVG: images (N, C, H, W), their classes, the first of frames (N, T, classes); leaves: early, or 0."""
     best, T = frames[0, -1].topk(min(10, len(names))).indices.sort().values, frames.shape[1]
-    Image.fromarray(torch.cat([*images], -1).movedim(0, 2).squeeze(2).numpy()).save(
-        png := io.BytesIO(), "png"
-    )
+    Image.fromarray(torch.dstack([*images]).movedim(0, 2).squeeze(2).numpy()).save(png := io.BytesIO(), "png")
     read, wide = " ".join(names[k] for k in frames[:, -1].argmax(-1)), 240 / T
     then = [f"class=then style='animation-delay: {4 * (t + 1) / T}s' x={200 + wide * t}" for t in range(T)]
     svg = "".join(f"<text y=36 {x}>{t}</text>" for t, x in enumerate(then, 1))
@@ -55,10 +53,10 @@ def chart(images: torch.Tensor, frames: torch.Tensor, names: list[str], leaves: 
 </text><rect x=470><animate attributeName=width values='0;{";".join(str(200 * p) for p in shares)}' dur=4s
 fill=freeze /></rect>{"".join(cells)}<g {then[-1]}><text x=680 y=17>{shares[-1]:.1%}</text></g></g>"""
     svg += f"<text y=324 {then[leaves - 1]}>▲ early exit: sure enough</text>" * (leaves > 0)
-    return f"""<svg id=chart viewBox='0 0 740 335'>{svg}<text y=14>The network sees</text><image y=30 width=140
-height=140 href='data:image/png;base64,{b64encode(png.getvalue()).decode()}' image-rendering=pixelated /><text
-y=200>and answers</text><text x=200 y=14>Probabilities {"of the first " * (len(images) > 1)}after each block</text>
-<g font-size={min(120, 240 / len(read))} {then[-1]}><text y=305 id=answer>{read}</text></g></svg>"""
+    return f"""<svg id=chart viewBox='0 0 740 335'>{svg}<text y=14>The network sees</text><image y=30
+width=140 height=140 href='data:image/png;base64,{b64encode(png.getvalue()).decode()}' image-rendering=pixelated />
+<text y=200>and answers</text><text x=200 y=14>Probabilities {"of the first " * (len(images) > 1)}after each
+block</text><g font-size={240 / max(2, len(read))} {then[-1]}><text y=305 id=answer>{read}</text></g></svg>"""
 
 
 def answer(model: NoProp, config: LabConfig, threshold: float, url: str, temperature: float, draw: int):
