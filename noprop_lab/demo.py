@@ -16,7 +16,7 @@ from noprop_lab.pictures import read_pictures
 from noprop_lab.settings import LabConfig
 
 TEXT = """# NoProp: the label emerges
-Every block makes a noisy label less noisy, with a look at the picture. **Draw a digit**, or choose a file."""
+Each block makes a noisy label less noisy, looking at the picture. **Draw a digit**, or drop a file below."""
 CSS = """canvas {border: 1px solid; background: white; touch-action: none} #chart {font: 13px sans-serif}
 #chart text {fill: currentColor} #chart rect {fill: #2563eb; stroke: #2563eb40; height: 24px}
 .then {animation: then 0s both} @keyframes then {0% {opacity: 0}}"""
@@ -54,7 +54,7 @@ def chart(images: torch.Tensor, frames: torch.Tensor, names: list[str], leaves: 
 fill=freeze /></rect>{"".join(cells)}<g {then[-1]}><text x=680 y=17>{shares[-1]:.1%}</text></g></g>"""
     svg += f"<text y=324 {then[leaves - 1]}>▲ early exit: sure enough</text>" * (leaves > 0)
     return f"""<svg id=chart viewBox='0 0 740 335'>{svg}<text y=14>The network sees</text><image y=30
-width=140 height=140 href='data:image/png;base64,{b64encode(png.getvalue()).decode()}' image-rendering=pixelated />
+width=140 href='data:image/png;base64,{b64encode(png.getvalue()).decode()}' image-rendering=pixelated />
 <text y=200>and answers</text><text x=200 y=14>Probabilities {"of the first " * (len(images) > 1)}after each
 block</text><g font-size={240 / max(2, len(read))} {then[-1]}><text y=305 id=answer>{read}</text></g></svg>"""
 
