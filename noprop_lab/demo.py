@@ -79,7 +79,7 @@ def show(ask, port: int) -> None:
     try:
         import gradio as gr
     except ImportError as error:
-        raise Failure("the demo takes gradio: pip install 'gradio>=6,<7'", 1) from error
+        raise Failure("the demo takes gradio: pip install 'gradio>=6.20,<7'", 1) from error
     with gr.Blocks(title="NoProp", analytics_enabled=False) as page:
         gr.Markdown(TEXT)
         with gr.Row():
