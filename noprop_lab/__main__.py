@@ -1,4 +1,4 @@
-"""The commands of the lab: python -m noprop_lab train | evaluate | predict | merge | search | weights"""
+"""The commands of the lab: python -m noprop_lab train | evaluate | predict | merge | search | weights ..."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from torch import Tensor
 import noprop_example as noprop
 from noprop_example import Failure, NoProp, say
 from noprop_lab import backprop, dt, flows, parallel, parts
+from noprop_lab import demo as drawing
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
 from noprop_lab.pictures import read_pictures
-from noprop_lab.settings import SOURCES, LabConfig, LabOptions, WholeConfig
+from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions, WholeConfig
 
 USAGE = """usage: python -m noprop_lab COMMAND ...
 
@@ -33,6 +34,7 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     merge CHECKPOINTS ... [flags]     put separately trained blocks together
     search [flags]                    one worker of a search for hyperparameters, then a run with the best
     weights CHECKPOINT FILE           write what evaluate and predict need of a checkpoint, without the rest
+    demo [CHECKPOINT] [flags]         a page on which one draws a digit and sees the label emerge
 
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
 
@@ -249,10 +251,22 @@ def weights(arguments: list[str]) -> int:
     return 0
 
 
+def demo(arguments: list[str]) -> int:
+    """A page on which one draws a digit, until Ctrl-C; returns the exit code."""
+    options = noprop.parse(DemoOptions(), arguments, "python -m noprop_lab demo")
+    content = read_checkpoint(options.checkpoint)
+    config, device = content["config"], noprop.pick_device(LabOptions(device=options.device))
+    if isinstance(config, flows.FlowConfig):
+        raise Failure(f"the demo shows a chain of blocks, and {config.objective} has none")
+    model = network_of(content, options.checkpoint, device)
+    drawing.show(partial(drawing.answer, model, config, options.early_exit), options.port)
+    return 0
+
+
 def execute(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit code."""
     command, *rest = arguments or ["--help"]
-    if command not in ("train", "evaluate", "predict", "merge", "search", "weights"):
+    if command not in ("train", "evaluate", "predict", "merge", "search", "weights", "demo"):
         say(USAGE, file=sys.stdout if command in ("--help", "-h") else sys.stderr)
         return 0 if command in ("--help", "-h") else 2
     with parallel.processes(), told_once():
@@ -262,6 +276,8 @@ def execute(arguments: list[str]) -> int:
             return merge(rest)
         if command == "weights":
             return weights(rest)
+        if command == "demo":
+            return demo(rest)
         config, options, content = parallel.on_first(read_command_line, command, rest)
         device = parallel.pick_device(options)
         if command == "train":

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from noprop_example import Config, Failure, Options
+from noprop_example import Checked, Config, Failure, Options
 
 
 class Source(NamedTuple):
@@ -24,6 +24,7 @@ class Source(NamedTuple):
     settings: dict[str, Any] = {}  # its own defaults
 
 
+WEIGHTS = Path(__file__).parent / "weights" / "mnist.pt"  # a trained network that is in the repository
 DEEP = {"block": "deep", "epochs": 30}
 SOURCES = {  # only MNIST is measured
     "mnist": Source("MNIST", 10, (1, 28, 28), False),
@@ -188,3 +189,18 @@ class LabOptions(Options):
             raise Failure("early_exit goes with evaluate or predict")
         if self.blocks and (self.run_hpo or self.evaluate or self.predict):
             raise Failure(f"search, evaluate and predict take all blocks, not {self.blocks} alone")
+
+
+@dataclass(frozen=True)
+class DemoOptions(Checked):
+    """Draw a digit in a browser, and see what the network would answer after each block."""
+
+    checkpoint: tyro.conf.Positional[Path] = WEIGHTS  # a trained network, of any chain of blocks
+    port: int = 7860  # of the page, which other machines can't open
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
+    early_exit: float = 0.99  # the block is marked after which a class is more probable
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.port > 65535 or not 0 < self.early_exit <= 1:
+            raise Failure("port must be at most 65535, and early_exit above 0, at most 1")
