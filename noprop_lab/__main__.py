@@ -253,7 +253,9 @@ def weights(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     """A page on which one draws a digit, until Ctrl-C; returns the exit code."""
-    options = noprop.parse(DemoOptions(), arguments, "python -m noprop_lab demo")
+    named = ["--checkpoint"] if arguments and not arguments[0].startswith("-") else []
+    given = noprop.read_flags([*named, *arguments], DemoOptions, prog="python -m noprop_lab demo")
+    options = DemoOptions(**given)
     content = read_checkpoint(options.checkpoint)
     config, device = content["config"], noprop.pick_device(LabOptions(device=options.device))
     if isinstance(config, flows.FlowConfig):

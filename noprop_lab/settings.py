@@ -195,7 +195,8 @@ class LabOptions(Options):
 class DemoOptions(Checked):
     """Draw a digit in a browser, and see what the network would answer after each block."""
 
-    checkpoint: tyro.conf.Positional[Path] = WEIGHTS  # a trained network, of any chain of blocks
+    # Used most
+    checkpoint: Path = WEIGHTS  # a trained network, a chain of blocks; it may stand first, without a flag
     port: int = 7860  # of the page, which other machines can't open
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     early_exit: float = 0.99  # the block is marked after which a class is more probable

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import optuna
 import pytest
@@ -13,8 +13,8 @@ from laboratory import contents, flags_of, lab, quick_lab, refused, untrained
 from noprop_lab import parts, search
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.dt import DTConfig
-from noprop_lab.networks import load
-from noprop_lab.settings import SOURCES, LabConfig
+from noprop_lab.networks import CONFIGS, load
+from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +194,16 @@ def test_help_and_usage(capsys):
     assert lab.main(["fly"]) == 2 and "merge CHECKPOINTS" in capsys.readouterr().err
     assert lab.main(["train", "--objective", "dt", "--help"]) == 0
     assert "--early-exit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kinds", [*((x, LabOptions) for x in CONFIGS.values()), (DemoOptions,)])
+def test_every_setting_is_a_flag(kinds, capsys):
+    """Flags are read off the source, where a field that has no comment, or is in two lines, has none."""
+    with pytest.raises(SystemExit):
+        noprop.read_flags(["--help"], *kinds)
+    shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    names = {field.name for kind in kinds for field in fields(kind)}
+    assert {f"--{name.replace('_', '-')}" for name in names} <= shown
 
 
 # --- Going on ----------------------------------------------------------------------------------------------
