@@ -14,7 +14,7 @@ fail() {
 }
 
 is_new_enough() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
 # The stamp's last line is the environment's place: one that was moved is rebuilt, as its programs name the old place.
@@ -25,13 +25,13 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
     # none, half-made, moved or broken: begin anew
     if [ "$(tail -n 1 "$stamp" 2>/dev/null)" != "$env" ] || ! is_new_enough "$env/bin/python"; then
         python=""
-        for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+        for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python; do
             if [ -n "$candidate" ] && is_new_enough "$candidate"; then
                 python=$candidate
                 break
             fi
         done
-        [ -n "$python" ] || fail "Python 3.10 or newer is needed; install it, or name it: PYTHON=/path/to/python ./setup_env.sh"
+        [ -n "$python" ] || fail "Python 3.11 or newer is needed; install it, or name it: PYTHON=/path/to/python ./setup_env.sh"
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             fail "$python has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)"
         echo "Making $env ..." >&2
