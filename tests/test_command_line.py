@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
         (["--embed-dim", "9"], "embed_dim must be at least 10"),
         (["--ema-decay", "1"], "ema_decay must be"),
+        (["--ema-decay", "1.5"], "ema_decay must be"),
         (["--train-images", "100"], "--batch-size 512 is more than the 100 training images"),
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "both weights"),
         (["--temperature", "1"], "takes weights ddpm"),
@@ -122,6 +124,15 @@ def test_presets_and_flags():
     few = ["--preset", "reference", "--train-images", "200"]  # fewer than a batch of the default
     assert read(*few).train_images == 200
     assert read("--preset=accurate") == noprop.Config.accurate() and noprop.Config.accurate().block == "deep"
+
+
+def test_the_defaults_are_those_that_the_documents_and_the_network_in_the_repository_have():
+    content = noprop.read_checkpoint(ROOT / "noprop_lab/weights/mnist.pt")
+    assert content["config"] == noprop.Config()
+    options, text = noprop.Options(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{options.hpo_trials} trials of {options.hpo_epochs} epochs" in text
+    assert options.checkpoint_minutes == 10 and "every ten minutes" in text
+    assert options.data_root == ROOT / "data" and options.output_dir == Path(".")
 
 
 def test_a_config_of_the_wrong_type_is_refused():
@@ -401,7 +412,5 @@ def test_the_script_runs_alone(tmp_path, flags):
     shutil.copy(SCRIPT, tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
     command = [sys.executable, "-P", "noprop_example.py", *flags[:-1]]
-    if sys.version_info < (3, 11):
-        command.remove("-P")
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and run.stderr == "" and (tmp_path / "denoising_hybrid.png").exists()

@@ -1,0 +1,90 @@
+"""The steps of a search, without a training of seconds: its space, its first trial, when a trial is pruned."""
+
+import math
+
+import optuna
+import pytest
+from conftest import noprop
+from optuna.trial import FixedTrial, TrialState, create_trial
+
+
+class Trial:
+    """What short_training() asks of a trial."""
+
+    def __init__(self, prune: bool = False):
+        self.prune, self.reported, self.user_attrs, self.params = prune, [], {}, {"lr": 0.5}
+
+    def set_user_attr(self, name, value) -> None:
+        self.user_attrs[name] = value
+
+    def report(self, value, step) -> None:
+        self.reported.append((step, value))
+
+    def should_prune(self) -> bool:
+        return self.prune
+
+
+def run(trial: Trial, data: noprop.Data, epochs: int, cost=lambda record: record["val_loss"]) -> float:
+    state = noprop.State(noprop.Config(num_blocks=1, batch_size=128, epochs=epochs))
+    options = noprop.Options(threads=1)
+    return noprop.short_training(trial, state, data, options, lambda: 0, cost=cost)
+
+
+def test_a_trial_reports_its_epochs_and_is_pruned_before_its_last_one_only(small_data):
+    trial = Trial()
+    value = run(trial, small_data, 2)
+    assert trial.reported[-1] == (2, value) and len(trial.reported) == 2
+    assert trial.user_attrs["record"]["val_loss"] == value
+    with pytest.raises(optuna.TrialPruned):
+        run(trial := Trial(prune=True), small_data, 2)
+    assert len(trial.reported) == 1
+    assert run(trial := Trial(prune=True), small_data, 1) == trial.reported[0][1]  # it has come to its end
+    for value in (math.nan, math.inf):
+        with pytest.raises(optuna.TrialPruned):
+            run(Trial(), small_data, 1, cost=lambda record, value=value: value)
+
+
+def test_a_trial_without_an_epoch_has_a_line():
+    trial = create_trial(state=TrialState.FAIL, params={}, distributions={})
+    assert "fail: validation loss nan, nan % after epoch 0;" in noprop.trial_line(trial)
+
+
+def test_the_search_space_holds_the_defaults_and_is_logarithmic():
+    """Two to five powers of ten each, the default an inner point."""
+    study = optuna.create_study()
+    noprop.suggest(trial := study.ask())
+    defaults = noprop.Config().saved()
+    assert set(trial.distributions) == {"lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay"}
+    for name, space in trial.distributions.items():
+        assert space.log and space.low < defaults[name] < space.high, name
+        assert 2 <= math.log10(space.high / space.low) <= 5.01, name
+    assert noprop.suggest(FixedTrial(defaults)) == {name: defaults[name] for name in trial.distributions}
+
+
+def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tmp_path):
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    first = noprop.open_study(noprop.Config(), noprop.Options(), url, noprop.suggest)
+    again = noprop.open_study(noprop.Config(), noprop.Options(), url, noprop.suggest)
+    assert again.study_name == first.study_name and len(again.trials) == 1  # the settings as given, once
+    waiting = again.trials[0].system_attrs["fixed_params"]
+    assert waiting == {name: noprop.Config().saved()[name] for name in waiting} and len(waiting) == 5
+    for config, options in (
+        (noprop.Config(num_blocks=9), noprop.Options()),
+        (noprop.Config(), noprop.Options(hpo_epochs=2)),
+    ):
+        assert noprop.open_study(config, options, url, noprop.suggest).study_name != first.study_name
+    same = noprop.open_study(noprop.Config(lr=0.02), noprop.Options(), url, noprop.suggest)
+    assert same.study_name == first.study_name  # what is searched for may start elsewhere
+    with pytest.raises(noprop.Failure, match="no setting: speed"):
+        noprop.open_study(noprop.Config(), noprop.Options(), url, lambda trial: {"speed": 1})
+
+
+def test_a_search_with_fewer_trials_than_there_are_makes_none(tmp_path, small_data, monkeypatch):
+    monkeypatch.setattr(noprop, "load_data", lambda *_: small_data)
+    flags = ["--run-hpo", "--epochs=1", "--hpo-epochs=1", "--num-blocks=1", "--batch-size=128"]
+    flags += ["--threads=1", f"--output-dir={tmp_path}"]
+    for count in (2, 1):
+        assert noprop.main([*flags, f"--hpo-trials={count}"]) == 0
+        url = f"sqlite:///{tmp_path / 'noprop_hpo.db'}"
+        [name] = optuna.get_all_study_names(url)
+        assert len(optuna.load_study(study_name=name, storage=url).trials) == 2
