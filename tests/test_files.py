@@ -141,3 +141,13 @@ def test_a_state_that_is_not_finite_is_not_saved(checkpoint):
 def test_what_is_written_is_read_by_torch_alone(checkpoint):
     content = torch.load(io.BytesIO(checkpoint[0].read_bytes()), weights_only=True)
     assert content["format"] == "noprop-example-2" and content["config"] == vars(checkpoint[1].config)
+
+
+def test_the_digest_of_data_tells_every_image_and_label(small_data):
+    whole, digests = small_data.digest(), set()
+    for name in ("train", "val", "test"):
+        for i in (0, 1):
+            part = [x.clone() for x in getattr(small_data, name)]
+            part[i][0] = 9 - part[i][0]
+            digests.add(small_data._replace(**{name: noprop.Split(*part)}).digest())
+    assert len(digests | {whole, small_data._replace(test=None).digest()}) == 8

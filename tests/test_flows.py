@@ -304,6 +304,15 @@ def test_every_embedding_trains(kind, embedding, small_data):
     )
 
 
+@pytest.mark.parametrize(("sigma", "counts_as"), [(0.3, 0.3), (0.02, 0.1)])
+def test_the_probabilities_of_fm_are_those_of_gaussians_about_the_embeddings(sigma, counts_as):
+    model, z = build(FMConfig(sigma=sigma)).double(), torch.randn(7, 20, dtype=torch.float64) / 9
+    density = torch.distributions.Normal(model.label_embedding.weight, counts_as)
+    expected = density.log_prob(z.unsqueeze(1)).sum(-1).softmax(-1)
+    torch.testing.assert_close(model.classify(None, z).softmax(-1), expected)
+    assert FMConfig().sigma == 0.1  # as docs/lab.md has it
+
+
 def test_the_classifier_of_fm_is_trained_where_the_embedding_is(small_data):
     for embedding in ("learned", "fixed"):
         state = LabState(FMConfig(**ONE, embedding=embedding, weight_decay=0.0), CPU, small_data)

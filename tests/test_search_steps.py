@@ -1,4 +1,4 @@
-"""The steps of a search, without a training of seconds: its space, its first trial, when a trial is pruned."""
+"""The steps of a search, one by one: its space, its first trial, when a trial is pruned."""
 
 import math
 
