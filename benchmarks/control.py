@@ -162,14 +162,16 @@ def answers(
     }
 
 
+def answers_of(dataset: str, replicate: int) -> Path:
+    """Where the answers of a replicate are kept."""
+    return RESULTS / f"control-{dataset}-{replicate}.npz"
+
+
 def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data) -> None:
     """Answer the test images, once, and keep what is needed for accuracy, loss and calibration.
 
     "tempered" is loss and calibration error of each row after temperature(), (rows, 2).
     """
-    path = RESULTS / f"control-{dataset}-{replicate}.npz"
-    if path.exists():
-        return
     test, val = (answers(dataset, replicate, lr, split) for split in (data.test, data.val))
     rows, tempered = {}, []
     for name, found in test.items():
@@ -178,7 +180,7 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
         found = [(x / degree).log_softmax(-1) for x, degree in zip(found, degrees, strict=True)]
         found = np.stack([packed(x, data.test.labels) for x in found])
         tempered.append([right_and_loss(found)[1].mean(), np.mean([calibration_error(x) for x in found])])
-    np.savez_compressed(path, **rows, tempered=np.array(tempered))
+    np.savez_compressed(answers_of(dataset, replicate), **rows, tempered=np.array(tempered))
 
 
 # --- Report ------------------------------------------------------------------------------------------------
@@ -272,9 +274,9 @@ def main() -> int:
         lr = rates(given.dataset, data, given.threads, kinds)
         for replicate in range(given.replicates):
             of_one = [x for kind in (chain, cnns) for x in kind(given.dataset, replicate, lr[kind.__name__])]
-            train(of_one, data, given.threads)
-        for replicate in range(given.replicates):
-            evaluate(given.dataset, replicate, lr, data)
+            if not answers_of(given.dataset, replicate).exists():
+                train(of_one, data, given.threads)
+                evaluate(given.dataset, replicate, lr, data)
     return report()
 
 
