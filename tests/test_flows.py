@@ -247,10 +247,14 @@ def test_a_chain_for_the_picture_has_the_levels_of_the_steps(truth):
 
 @BOTH
 def test_an_image_is_encoded_once_and_no_label_comes_near(kind, small_data):
-    model, calls = build(kind(steps=7)).eval(), []
+    model, calls, steps = build(kind(steps=7)).eval(), [], []
     model.blocks[0].image.register_forward_hook(lambda *_: calls.append(1))
+    step = model.step
+    model.step = lambda t, *more: steps.append(t) or step(t, *more)
     image = noprop.to_float(small_data.test.images[:20])
     assert model(image).shape == (20, 1, 10) and len(calls) == 1
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    model.step = step
     for method in (model.forward, model.start, model.step, model.field, model.classify, model.encode):
         assert not {"label", "y", "labels", "u"} & set(inspect.signature(method).parameters)
     answers = noprop.Split(small_data.test.images, model.predict(small_data.test.images))
