@@ -1,6 +1,7 @@
 """What decides a result, each against its own value: rates, draws, orders, averages, choices, pictures."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -271,6 +272,22 @@ def test_evaluate_samples_at_the_configs_temperature_with_noise_of_its_own_for_e
         noprop.evaluate(model, data.val, noprop.Config(temperature=0.5, weights="ddpm", seed=seed))
     assert {x[:2] for x in seen} == {(500, 0.5)} and seen[:10] == seen[10:20]
     assert len({x[2] for x in seen}) == 20
+
+
+def test_each_step_has_its_learning_rate_and_the_epoch_the_means_of_its_steps(small_data):
+    """And no more seconds than have gone by."""
+    config, started = noprop.Config(**TINY | {"epochs": 2}), time.perf_counter()
+    state, rates, logs = noprop.State(config), [], []
+    for record in noprop.train(state, small_data._replace(test=None), threads=1, steps_too=True):
+        if record:
+            losses = torch.stack(logs[-4:])[:, :4].double().mean(0)  # of three blocks and the classifier
+            assert [*record["block_losses"], record["classifier_loss"]] == pytest.approx(losses.tolist())
+            assert len(record["block_losses"]) == 3 and record["lr"] == rates[-1]
+        else:
+            rates.append(state.lr)
+            logs.append(state.log[-1])
+    assert rates == pytest.approx([noprop.learning_rate(k / 8, config) for k in range(8)])
+    assert 0 < record["seconds"] < time.perf_counter() - started
 
 
 def test_the_split_of_an_epochs_record(small_data):
