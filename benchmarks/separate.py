@@ -59,9 +59,12 @@ class Arm(LabHybrid):
 
 
 def config_of(dataset: str, replicate: int, loss: str) -> LabConfig:
-    """NoProp's settings, with the seeds of control.py; W is fixed where the loss could make z a hint."""
-    more = dict(target="classes", embedding="fixed") if loss == "ce" else {}
-    return LabConfig(dataset=dataset, seed=5 + replicate, select="last", **more)
+    """NoProp's settings, with the seeds of control.py.
+
+    W is fixed: learned, it would make z a plainer hint by cross-entropy, and without noise shrink.
+    """
+    target = "classes" if loss == "ce" else "label"
+    return LabConfig(dataset=dataset, seed=5 + replicate, select="last", embedding="fixed", target=target)
 
 
 def trained(dataset: str, replicate: int, loss: str, noise: bool, data: noprop.Data, threads: int):
