@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 from conftest import ROOT, TINY, fails, noprop
+from laboratory import contents, equal
 
 
 def flags(folder: Path, **changes) -> list[str]:
@@ -68,10 +69,10 @@ def test_the_best_settings_are_trained_and_can_be_given(tmp_path, capsys):
     assert winner.params.items() <= best.items() and best["epochs"] == TINY["epochs"]
     assert winner.value == winner.user_attrs["record"]["val_loss"]
     assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["config"] == best
-    weights = (tmp_path / "noprop_hybrid.pt").read_bytes()
+    weights = contents(tmp_path / "noprop_hybrid.pt")
     assert search(tmp_path, hpo_trials=3) == 0  # the final run is there already
     assert "Resuming" in capsys.readouterr().out and not (tmp_path / "noprop_hybrid.1.pt").exists()
-    assert (tmp_path / "noprop_hybrid.pt").read_bytes() == weights
+    assert equal(contents(tmp_path / "noprop_hybrid.pt"), weights)
 
     def given(*arguments: str) -> noprop.Config:
         return noprop.read_command_line(list(arguments))[0]

@@ -15,7 +15,7 @@ import optuna
 import pytest
 from conftest import CPU, ROOT, noprop
 from filelock import FileLock, Timeout
-from laboratory import contents, few_images, flags_of, lab, quick_lab, refused
+from laboratory import contents, equal, few_images, flags_of, lab, quick_lab, refused
 
 from noprop_lab import search as hpo
 from noprop_lab.networks import LabState
@@ -99,11 +99,11 @@ def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     assert "Best of 2 complete trials" in output and "Test accuracy" in output
     names = {"noprop_hpo.db", "hpo_best.json", "hpo_history.png", "hpo_slices.png", f"noprop_{objective}.pt"}
     assert names <= {path.name for path in tmp_path.iterdir()}
-    weights = (tmp_path / f"noprop_{objective}.pt").read_bytes()
+    weights = contents(tmp_path / f"noprop_{objective}.pt")
     assert lab.main(command) == 0
     assert "Resuming" in capsys.readouterr().out
     assert contents(tmp_path / f"noprop_{objective}.pt")["training"]["step"] == 4
-    assert (tmp_path / f"noprop_{objective}.pt").read_bytes() == weights
+    assert equal(contents(tmp_path / f"noprop_{objective}.pt"), weights)
     given = lab.read_command_line(
         "train", [f"--config={tmp_path / 'hpo_best.json'}", f"--objective={objective}"]
     )
