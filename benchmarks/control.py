@@ -257,17 +257,24 @@ def report() -> int:
     return noprop.picture(draw, DOCS / "img" / "evidence_control.png", tables)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def command_line(about: str, replicates: int, *flags: str) -> argparse.Namespace:
+    """What to train, or to report; flags: that there are beside."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("dataset", choices=DATASETS, nargs="?")
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--chain-rates", action="store_true", help="try the grid on NoProp too")
     parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
-    parser.add_argument("--replicates", type=int, default=5)
+    parser.add_argument("--replicates", type=int, default=replicates)
     parser.add_argument("--threads", type=int, default=2)
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
     given = parser.parse_args()
     if not (given.dataset or given.report):
         parser.error("name a data set, or --report")
+    return given
+
+
+def main() -> int:
+    given = command_line(__doc__, 5, "--chain-rates")  # which tries the grid on NoProp too
     if not given.report:
         data = load_data(LabConfig(dataset=given.dataset), given.data_root)
         kinds = (cnns, chain) if given.chain_rates else (cnns,)

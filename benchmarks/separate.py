@@ -10,7 +10,6 @@ rows for NoProp and the CNNs stand beside these. Networks are kept in runs/separ
 answers in benchmarks/results/separate-DATASET-REPLICATE.npz.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, measured
+from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, command_line, measured
 from benchmarks.intervals import interval, packed, resampled
 from benchmarks.seeds import mean as mean_and_error
 from benchmarks.seeds import write
@@ -145,15 +144,7 @@ def report() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("dataset", choices=DATASETS, nargs="?")
-    parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
-    parser.add_argument("--replicates", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    if not (given.dataset or given.report):
-        parser.error("name a data set, or --report")
+    given = command_line(__doc__, 1)
     if not given.report:
         data = load_data(LabConfig(dataset=given.dataset), given.data_root)
         for replicate in range(given.replicates):
