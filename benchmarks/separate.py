@@ -124,6 +124,12 @@ def table(rows: dict[str, np.ndarray]) -> str:
         cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
         apart = interval(accuracy[name] - accuracy[TEN], 2), interval(loss[name] - loss[TEN], 4)
         lines.append(f"| {' | '.join([name, *cells, *(apart if name != TEN else ('', ''))])} |")
+    lines += ["", "| of the mean of ten blocks | accuracy | nll |", "|---|---|---|"]
+    arms = {name: f"NoProp's blocks, {name}: mean of ten blocks" for name in ARMS} | {"NoProp": CHAIN_AVERAGE}
+    mse, noisy, plain = ARMS
+    for more, less in ((plain, noisy), (mse, "NoProp"), (plain, mse), (noisy, "NoProp")):
+        apart = [x[arms[more]] - x[arms[less]] for x in (accuracy, loss)]
+        lines.append(f"| {more} − {less} | {interval(apart[0], 2)} | {interval(apart[1], 4)} |")
     return "\n".join(lines)
 
 
