@@ -78,13 +78,14 @@ def test_the_probabilities_are_those_of_the_network(network, data):
 
 def test_the_block_of_early_exit_is_marked(network, data):
     """The mark appears with the column of its block: after 4 seconds of 10 blocks' time."""
-    hard = (network.probabilities(data.test.images[:2000])[:, 0].amax(-1) < 0.99).nonzero()[:6, 0]
+    sure = network.probabilities(data.test.images[:2000]).amax(-1) > 0.9
+    hard = (~sure[:, 0] & sure[:, -1]).nonzero()[:6, 0]
     blocks = []
     for image in data.test.images[[0, *hard.tolist()]]:
-        probability, used = early_exit(network, image[None], 0.99)
-        html = answer(network, LabConfig(), 0.99, url_of(Image.fromarray(image[0].numpy())), 0.0, 1)
+        probability, used = early_exit(network, image[None], 0.9)
+        html = answer(network, LabConfig(), 0.9, url_of(Image.fromarray(image[0].numpy())), 0.0, 1)
         found = re.search("delay: ([0-9.]+)s' x=[0-9.]+>▲ early exit", html)
-        assert bool(found) == bool(probability.max() > 0.99)
+        assert bool(found) == bool(probability.max() > 0.9)
         if found:
             blocks.append(used.item())
             assert float(found[1]) == pytest.approx(0.4 * blocks[-1])

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import photos  # noqa: E402
 
 WEIGHTS = ROOT / "noprop_lab" / "weights" / "mnist.pt"
-ACCURACY = 99.53  # of seed 0, in README.md
+ACCURACY = "99.54"  # as the README has it
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,19 +36,20 @@ def network() -> noprop.NoProp:
 def test_the_network_in_the_repository_is_small_and_holds_weights_alone(network):
     assert WEIGHTS.stat().st_size <= 2.3e6
     found = contents(WEIGHTS)
-    assert found.keys() == {"format", "objective", "config", "model", "made_with"}
+    assert found.keys() == {"format", "objective", "config", "model", "by_average", "made_with"}
     assert noprop.Config(**found["config"]) == noprop.Config() and network.config.seed == 0
 
 
 def test_it_is_as_accurate_as_is_said_on_a_part(network, data):
     right = (network.predict(data.test.images[:2000]) == data.test.labels[:2000]).sum().item()
-    assert right == 1985  # of the first 2,000
+    assert right == 1986  # of the first 2,000
 
 
 @pytest.mark.slow
 def test_it_is_as_accurate_as_is_said(capsys):
     assert noprop.main(["--evaluate", str(WEIGHTS)]) == 0
-    assert capsys.readouterr().out == f"Test accuracy {ACCURACY} ± 0.07 %.\n"
+    answers = f"Test accuracy {ACCURACY} ± 0.07 % by the blocks' average, 99.53 % by the last block.\n"
+    assert capsys.readouterr().out == answers
 
 
 def test_weights_alone_can_not_be_trained_on(tmp_path, capsys):
