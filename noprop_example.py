@@ -894,12 +894,16 @@ def draw_progress(summary: dict[str, Any]):
     return figure
 
 
+def classes_in(z: Tensor, u: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Class probabilities (N, T+1, classes) in z (N, T+1, D), where class k has N(√ᾱ_t u_k, (1-ᾱ_t) I)."""
+    level = alpha_bar.float().to(u.device).view(-1, 1, 1)
+    distance = (z.unsqueeze(2) - level.sqrt() * u).square().sum(-1)
+    return (-distance / (2 * (1 - level[:, :, 0]))).softmax(-1)
+
+
 @torch.inference_mode()
 def draw_denoising(model: NoProp, test: Split):
-    """A dozen test images, half of them hard, and the class probabilities in z_0 ... z_T of each, at τ = 1.
-
-    Class k has the density N(z_t; √ᾱ_t u_k, (1-ᾱ_t) I) at z_t.
-    """
+    """A dozen test images, half of them hard, and the class probabilities in z_0 ... z_T, at τ = 1."""
     from matplotlib.figure import Figure
 
     certainty = model.probabilities(test.images)[:, -1].gather(1, test.labels[:, None])[:, 0]
@@ -909,9 +913,7 @@ def draw_denoising(model: NoProp, test: Split):
     model.steps = reverse_steps(model.alpha_bar).tolist()  # DDPM's weights
     for t in range(1, len(model.alpha_bar)):
         z.append(model.step(t, image, z[-1], 1.0, noise)[1])
-    level = model.alpha_bar.float().to(u.device).view(-1, 1, 1)
-    distance = (torch.stack(z, 1).unsqueeze(2) - level.sqrt() * u).square().sum(-1)  # (12, T+1, classes)
-    probabilities = (-distance / (2 * (1 - level[:, :, 0]))).softmax(-1).cpu()
+    probabilities = classes_in(torch.stack(z, 1), u, model.alpha_bar).cpu()
     figure = Figure(figsize=(11, 6.8), layout="constrained")
     figure.suptitle("Class probabilities in z_t, from noise (t = 0) to the answer (t = T); below, hard ones")
     panels = figure.subplots(4, 6, height_ratios=(1, 1.2, 1, 1.2))
@@ -1288,9 +1290,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     def fail(message: str) -> None:
         raise Failure(message)
 
-    about = (
-        "NoProp, see README.md. Flags are shown with their defaults; of choices, the first is the default."
-    )
+    about = "NoProp, see README.md. Flags are shown with defaults; of choices, the first is the default."
     form, flags, groups = partial(argparse.HelpFormatter, max_help_position=40), [], {}
     parser = argparse.ArgumentParser(prog, f"{prog} [flags]", about, formatter_class=form, allow_abbrev=False)
     parser.error, parser.conflict_handler = fail, "resolve"  # a subclass may define a field anew
@@ -1305,12 +1305,12 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
                 choices = re.findall("'(.+?)'", hint) if "Literal" in hint else []
                 shown = base.__name__.upper() if default in (None, ()) or base is Path else str(default)
                 how = {"metavar": shown, "type": base} | ({"nargs": "+"} if "tuple" in hint else {})
-                how = (
-                    {"choices": sorted(choices, key=lambda x, first=default: x != first)} if choices else how
-                )
+                first = sorted(choices, key=lambda x, default=default: x != default)
+                how = {"choices": first} if choices else how
                 how = {"action": argparse.BooleanOptionalAction} if hints[name] is bool else how
                 how |= {"default": argparse.SUPPRESS, "help": comment.replace("%", "%%")}
                 flags += group.add_argument(f"--{name.replace('_', '-')}", **how).option_strings
+    arguments = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), x) for x in arguments]
     home = ["=".join(map(os.path.expanduser, argument.split("=", 1))) for argument in arguments]
     found, unknown = parser.parse_known_args(home)
     if rest is not None:

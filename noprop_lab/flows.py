@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import noprop_example as noprop
 from noprop_example import SIZES, DenoisingBlockPaper, NoProp, evaluate, mlp, say, standard_error
-from noprop_lab.dt import PaperBlock
+from noprop_lab.dt import PaperBlock, paper_recipe
 from noprop_lab.settings import WholeConfig
 
 # Numbers of steps that are measured at the end of a run, up to 100 or config.steps.
@@ -40,11 +40,9 @@ class FlowConfig(WholeConfig):
 
 
 def paper_setting(dataset: str) -> dict[str, Any]:
-    """The paper's, of both, for a data set; but for Adam with L2, where ours is AdamW."""
+    """The paper's, of CT and FM, for a data set."""
     epochs = {"cifar10": 500, "cifar100": 1000}.get(dataset, 100)
-    recipe = dict(epochs=epochs, patience=epochs, batch_size=128, block="paper", lr=1e-3, schedule="constant")
-    recipe |= dict(ema_decay=0.0, augment=False, embed_wd=1e-3, max_norm_embed=1e9, grad_clip=1e9)
-    return recipe | dict(draws=1, steps=1000, temperature=1.0, dataset=dataset)
+    return paper_recipe(dataset, epochs) | dict(draws=1, steps=1000, temperature=1.0)
 
 
 # --- Model -------------------------------------------------------------------------------------------------

@@ -120,15 +120,8 @@ class LabConfig(Config):
 
     def saved(self) -> dict[str, Any]:
         """The script's fields, and of the lab's those that say something: the script reads what it knows."""
-        ours = {
-            "classify": "u_hat",
-            "all_images": False,
-            "image_size": 32,
-            "classes": (),
-            "mirror": False,
-            "dataset": "mnist",
-        }
-        ours |= {"blocks": None}
+        ours = dict(classify="u_hat", all_images=False, image_size=32, classes=(), mirror=False)
+        ours |= dict(dataset="mnist", blocks=None)
         whole = asdict(self) | {"embed_dim": self.dim}
         kept = {name: x for name, x in whole.items() if name not in ours or x != ours[name]}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in kept.items()}

@@ -198,6 +198,11 @@ def test_help_has_every_setting_in_a_line_the_most_used_ones_first(capsys, monke
     assert re.search(r"--lr 0.014 +highest learning rate of AdamW", others[4])
 
 
+def test_a_flag_may_have_underscores():
+    config, options, _ = noprop.read_command_line(["--batch_size", "64", "--output_dir=a_b"])
+    assert config.batch_size == 64 and options.output_dir == Path("a_b")
+
+
 def test_a_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert noprop.read_command_line(["--output-dir=~/x"])[1].output_dir == tmp_path / "x"

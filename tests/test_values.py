@@ -353,7 +353,7 @@ def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
 def test_the_blocks_average_answers_where_it_fits_validation_images_better(
     sure, small_data, tmp_path, capsys
 ):
-    """Block 3 is right about all, or about validation images alone; blocks 1 and 2 are always unsure."""
+    """Of validation images, all of class 3: block 3 is sure, rightly or wrongly; blocks 1 and 2 are not."""
 
     class Last(Table):
         def forward(self, image, temperature=0.0, noise=None):

@@ -18,20 +18,16 @@ HERE = Path(__file__).resolve().parent
 
 @torch.inference_mode()
 def probabilities(model: noprop.NoProp, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class probabilities in z_0 ... z_T and in û_1 ... û_T, sampled (τ = 1), (T+1, N, K) and (T, N, K).
-
-    Of z_t by its density N(√ᾱ_t u_k, (1-ᾱ_t) I) for each class k; of û_t by the classifier.
-    """
-    u, noise = model.label_embedding.weight, noprop.generator("animation")
+    """Class probabilities in z_0 ... z_T and in û_1 ... û_T, sampled (τ = 1), (N, T+1, K) and (N, T, K)."""
+    noise = noprop.generator("animation")
     model.steps = noprop.reverse_steps(model.alpha_bar).tolist()  # DDPM's weights
     z, shares = [model.start(image, 1.0, noise)], []
     for t in range(1, len(model.alpha_bar)):
         u_hat, after = model.step(t, image, z[-1], 1.0, noise)
         z.append(after)
         shares.append(model.classifier(u_hat).softmax(-1))
-    level = model.alpha_bar.float().view(-1, 1, 1)
-    distance = (torch.stack(z).unsqueeze(2) - level.unsqueeze(3).sqrt() * u).square().sum(-1)
-    return (-distance / (2 * (1 - level))).softmax(-1), torch.stack(shares)
+    in_z = noprop.classes_in(torch.stack(z, 1), model.label_embedding.weight, model.alpha_bar)
+    return in_z, torch.stack(shares, 1)
 
 
 def main() -> int:
@@ -41,7 +37,7 @@ def main() -> int:
     chosen = [0, 1, *sure.argsort()[[24, 36]].tolist()]
     images = noprop.to_float(test.images[chosen])
     in_z, in_u_hat = probabilities(model, images)
-    T = len(in_u_hat)
+    T = in_u_hat.shape[1]
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     panels = figure.subplots(3, 4, height_ratios=(1.5, 1, 1))
     bars = []
@@ -63,7 +59,7 @@ def main() -> int:
             f"Class probabilities after block {t} of {T}" if t else "Noise, before the first block"
         )
         for i in range(4):
-            shares = in_z[t, i], in_u_hat[t - 1, i] if t else torch.zeros(10)
+            shares = in_z[i, t], in_u_hat[i, t - 1] if t else torch.zeros(10)
             for bar, heights in zip(bars[2 * i : 2 * i + 2], shares, strict=True):
                 for rectangle, height in zip(bar, heights.tolist(), strict=True):
                     rectangle.set_height(height)
