@@ -1,8 +1,11 @@
 """What the tests share: the script as a module, real MNIST in small slices, and a small trained network."""
 
+import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,20 +21,34 @@ CPU = torch.device("cpu")
 TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 
-SLOW = ("test_parallel", "test_parts", "test_reliability", "test_search", "test_search_workers")
+SLOW = ("test_search_workers", "test_parallel", "test_reliability", "test_search", "test_parts")
+FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, before the first process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are some files, and whatever takes the trained network; others are marked by themselves."""
+    """Slow are some files, and whatever takes the trained network; others are marked by themselves.
+
+    The slow files come first, so that at the end no worker waits for another.
+    """
     for item in items:
         if item.path.stem in SLOW or "trained" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: [*SLOW, item.path.stem].index(item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def interrupts() -> None:
     """Ctrl-C is heard, also where a shell has started the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def sketches(request, monkeypatch) -> None:
+    """Figures are made, but saved only where a test draws: matplotlib takes most of a short run's time."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda figure, file, **how: file.write(b"figure")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +75,14 @@ def small_data(data) -> noprop.Data:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The output folder of one epoch of the main command, default blocks, all images: one for all workers."""
+    """The output folder of a short run of the main command (99 %): one for all workers."""
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     with FileLock(shared / "trained.lock"):
         folder = shared / "trained"
         if not (folder / "done").exists():
-            assert noprop.main(["--epochs", "1", "--output-dir", str(folder)]) == 0
+            flags = ["--epochs=2", "--num-blocks=3", "--train-images=30000"]
+            assert noprop.main([*flags, "--output-dir", str(folder)]) == 0
             (folder / "done").touch()
     return folder
 
@@ -74,6 +92,31 @@ def flags(tmp_path) -> list[str]:
     """The command line of a run of seconds that writes into tmp_path."""
     names = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     return [*names, f"--output-dir={tmp_path}"]
+
+
+def enter(main: Callable, arguments: list[str], output: Path) -> None:
+    """What a started process does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup has the tests ignore it
+    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    sys.exit(main(arguments))
+
+
+def start(output: Path, arguments: list[str], main: Callable = noprop.main) -> multiprocessing.Process:
+    """A command in a process of its own, that prints into a file; without Python's start and its imports."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    FORKS.set_forkserver_preload(["noprop_example"])
+    process = FORKS.Process(target=enter, args=(main, arguments, output), daemon=True)
+    process.start()
+    return process
+
+
+def wait_until(holds: Callable[[], bool], process: multiprocessing.Process) -> None:
+    """Wait until something holds, which the process is to bring about before it ends."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def fails(capsys, code: int, arguments: list[str], *words: str, main=noprop.main) -> None:

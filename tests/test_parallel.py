@@ -64,10 +64,9 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_trains_the_same_network(tmp_path, alone, processes):
+def test_two_processes_train_the_same_network_as_one(tmp_path, alone):
     often = "--checkpoint-minutes=0.0001"  # in the midst of the epoch too
-    output = finished(processes, flags_of(tmp_path, FIXED, often, **RUN))
+    output = finished(2, flags_of(tmp_path, FIXED, often, **RUN))
     assert equal(checkpoint(alone), checkpoint(tmp_path))
     assert len(re.findall("Test accuracy", output)) == len(re.findall("epoch   1/3", output)) == 1
     assert {x.name for x in alone.iterdir()} == {x.name for x in tmp_path.iterdir()}
@@ -109,9 +108,9 @@ def test_the_death_of_a_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
 
 
 def test_too_many_processes_are_refused_once(tmp_path):
-    run = torchrun(4, flags_of(tmp_path))
+    run = torchrun(2, flags_of(tmp_path, num_blocks=1))
     output = run.communicate(timeout=300)[0]
-    assert run.returncode != 0 and output.count("error: 4 processes for 3 blocks") == 1
+    assert run.returncode != 0 and output.count("error: 2 processes for 1 blocks") == 1
     assert not list(tmp_path.iterdir())
 
 

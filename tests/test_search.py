@@ -2,15 +2,15 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, TINY, fails, noprop
+from conftest import ROOT, TINY, fails, noprop, start, wait_until
 from laboratory import contents, equal
 
 
@@ -102,8 +102,8 @@ def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_da
 @pytest.mark.parametrize("number", [2, 9, 15])
 def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path, number):
     """By SIGINT, by SIGKILL, by SIGTERM."""
-    command = [sys.executable, str(ROOT / "noprop_example.py"), *flags(tmp_path, hpo_epochs=500)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    output = tmp_path / "output"
+    process = start(output, command := flags(tmp_path, hpo_epochs=500))
 
     def running() -> bool:
         try:
@@ -111,19 +111,16 @@ def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path,
         except Exception:  # there is no database yet
             return False
 
-    deadline = time.monotonic() + 300
-    while not running() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == (-9 if number == 9 else 128 + number)
-    assert ("Stopped. The same command goes on." in output) == (number != 9)
+    wait_until(running, process)
+    os.kill(process.pid, number)
+    process.join(300)
+    assert process.exitcode == (-9 if number == 9 else 128 + number)
+    assert ("Stopped. The same command goes on." in output.read_text()) == (number != 9)
     assert [trial.state.name for trial in trials(tmp_path)] == ["RUNNING"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while len(trials(tmp_path)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    process = start(output, command)
+    wait_until(lambda: len(trials(tmp_path)) == 2, process)
     process.kill()
-    process.communicate()
+    process.join()
     dead, again = trials(tmp_path)
     assert dead.state.name == "FAIL" and again.system_attrs["fixed_params"] == dead.params
 

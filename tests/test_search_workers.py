@@ -1,11 +1,11 @@
 """Several workers of a search: what they share, what survives of one that dies, and bad databases."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import CPU, ROOT, noprop
+from conftest import CPU, noprop, start, wait_until
 from filelock import FileLock, Timeout
 from laboratory import contents, equal, few_images, flags_of, lab, quick_lab, refused
 
@@ -54,15 +54,14 @@ def search(folder: Path, *more: str, **changes) -> int:
     return quick_search(flags(folder, "--no-hpo-final-run", *more, **changes))
 
 
-def worker(arguments: list[str]) -> subprocess.Popen:
-    code = "import sys, test_search_workers; sys.exit(test_search_workers.quick_search(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def ended(processes: list[multiprocessing.Process], outputs: list[Path], code: int = 0) -> list[str]:
+    """What the processes have printed, after all have ended with that code."""
+    for process in processes:
+        process.join(300)
+    found = [output.read_text() for output in outputs]
+    assert [process.exitcode for process in processes] == [code] * len(processes), found
+    assert not any("Traceback" in text for text in found), found
+    return found
 
 
 def trials(folder: Path, url: str | None = None) -> list:
@@ -76,7 +75,7 @@ def done(found: list) -> list:
     return [trial for trial in found if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
-def wait_until_it_runs(folder: Path, process: subprocess.Popen) -> None:
+def wait_until_it_runs(folder: Path, process: multiprocessing.Process) -> None:
     def running() -> bool:
         """Whether a trial has ended its first epoch, and so has shown that it is alive."""
         try:
@@ -84,10 +83,7 @@ def wait_until_it_runs(folder: Path, process: subprocess.Popen) -> None:
         except Exception:  # there is no database yet
             return False
 
-    deadline = time.monotonic() + 300
-    while not running():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
+    wait_until(running, process)
 
 
 @pytest.mark.parametrize("objective", ["hybrid", "dt"])
@@ -180,22 +176,21 @@ def test_no_two_workers_take_the_same_trial(tmp_path, monkeypatch):
 
 
 def test_two_workers_share_the_trials_and_one_trains(tmp_path):
-    several = [worker(flags(tmp_path, hpo_trials=5)) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in several]
-    assert [process.returncode for process in several] == [0, 0], outputs
-    found = trials(tmp_path)
+    folder, files = tmp_path / "run", [tmp_path / "a", tmp_path / "b"]
+    texts = ended([start(x, flags(folder, hpo_trials=5), quick_search) for x in files], files)
+    found = trials(folder)
     assert len(found) == len(done(found)) == len({trial.params["lr"] for trial in found})
     assert len(found) in (5, 6)  # at the end, each worker may be in a trial
-    assert sum("Training with the best settings" in output for output in outputs) >= 1
-    assert all(("Test accuracy" in x) != ("trains in this folder already" in x) for x in outputs), outputs
-    assert not (tmp_path / "noprop_hybrid.1.pt").exists()
+    assert sum("Training with the best settings" in text for text in texts) >= 1
+    assert all(("Test accuracy" in x) != ("trains in this folder already" in x) for x in texts), texts
+    assert not (folder / "noprop_hybrid.1.pt").exists()
 
 
 def test_the_trial_of_a_killed_worker_is_run_again(tmp_path):
-    process = worker(flags(tmp_path, "--no-hpo-final-run", hpo_epochs=3))
+    process = start(tmp_path / "a", flags(tmp_path, "--no-hpo-final-run", hpo_epochs=3), quick_search)
     wait_until_it_runs(tmp_path, process)
     process.kill()
-    process.communicate()
+    process.join()
     killed = trials(tmp_path)[-1]
     time.sleep(4)  # the grace period; before, others would be run first
     assert search(tmp_path, hpo_epochs=3) == 0
@@ -247,39 +242,38 @@ def test_a_trial_whose_worker_died_before_its_first_heartbeat_holds_nobody_up(tm
     assert len(states) == 3 and states.count("COMPLETE") == 2
 
 
-def suspend(process: subprocess.Popen, database: Path) -> None:
+def suspend(process: multiprocessing.Process, database: Path) -> None:
     """Stop a process where it holds no lock on the database."""
     while True:
-        process.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
         try:
             with closing(sqlite3.connect(database, timeout=0)) as connection:
                 connection.execute("BEGIN EXCLUSIVE")
             return
         except sqlite3.OperationalError:
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
             time.sleep(0.05)
 
 
 def test_a_trial_taken_for_dead_is_left_to_the_worker_that_has_it(tmp_path):
     """A worker that was suspended wakes up after its trial was given away: it goes on with another."""
-    process = worker(flags(tmp_path, "--no-hpo-final-run", hpo_epochs=8, hpo_trials=3))
+    command = flags(tmp_path, "--no-hpo-final-run", hpo_epochs=8, hpo_trials=3)
+    process = start(tmp_path / "output", command, quick_search)
     wait_until_it_runs(tmp_path, process)
     suspend(process, tmp_path / "noprop_hpo.db")
     time.sleep(4)
     assert search(tmp_path, hpo_epochs=8, hpo_trials=1) == 0
-    process.send_signal(signal.SIGCONT)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "Traceback" not in output, output
-    assert "taken for dead" in output
+    os.kill(process.pid, signal.SIGCONT)
+    assert "taken for dead" in ended([process], [tmp_path / "output"])[0]
     assert len(done(trials(tmp_path))) == 3
 
 
 def test_a_signal_in_a_trial_loses_nothing(tmp_path):
-    process = worker(flags(tmp_path, hpo_epochs=200, hpo_trials=9, train_images=2000))
+    command = flags(tmp_path, hpo_epochs=200, hpo_trials=9, train_images=2000)
+    process = start(tmp_path / "output", command, quick_search)
     wait_until_it_runs(tmp_path, process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 143 and "Traceback" not in output, output
+    os.kill(process.pid, signal.SIGTERM)
+    (output,) = ended([process], [tmp_path / "output"], 143)
     assert output.endswith("are done.\nStopped. The same command goes on.\n") and not done(trials(tmp_path))
     interrupted, again = trials(tmp_path)
     assert (interrupted.state.name, again.state.name) == ("FAIL", "WAITING")
@@ -326,9 +320,9 @@ def test_postgresql(tmp_path):
     try:
         url = f"postgresql+psycopg2://me@/postgres?host={base}"
         storage = ("--no-hpo-final-run", f"--hpo-storage={url}")
-        several = [worker(flags(tmp_path / name, *storage, hpo_trials=5)) for name in ("a", "b")]
-        outputs = [process.communicate(timeout=300)[0] for process in several]
-        assert [process.returncode for process in several] == [0, 0], outputs
+        files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+        commands = [flags(x.with_suffix(""), *storage, hpo_trials=5) for x in files]
+        ended([start(*pair, quick_search) for pair in zip(files, commands, strict=True)], files)
         assert len(done(trials(tmp_path, url))) in (5, 6)
         assert all((tmp_path / name / "hpo_best.json").exists() for name in ("a", "b"))
     finally:

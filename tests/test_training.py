@@ -7,10 +7,10 @@ import torch
 from conftest import TINY, noprop, same, train_tiny
 
 
-def test_learns_mnist_in_one_epoch(trained, data):
+def test_learns_mnist(trained, data):
     model = noprop.load(trained / "noprop_hybrid.pt")
     accuracy = (model.predict(data.test.images) == data.test.labels).float().mean().item()
-    assert accuracy >= 0.97
+    assert accuracy >= 0.98
     accuracy_float = (model.predict(data.test.images[:, 0] / 255) == data.test.labels).float().mean().item()
     assert accuracy_float == accuracy
 
@@ -119,7 +119,8 @@ def test_temperature_one_samples_and_repeats_itself(trained, data):
 
 @pytest.mark.slow
 def test_reference_preset_starts_and_learns(data):
-    config = noprop.Config.reference(epochs=1, num_blocks=3, lr=0.003, batch_size=64)
-    small = noprop.Data(*(noprop.Split(x.images[:6400], x.labels[:6400]) for x in data[:3]))
+    config = noprop.Config.reference(epochs=1, num_blocks=2, lr=0.003, batch_size=64)
+    sizes = zip(data[:3], (6400, 500, 500), strict=True)
+    small = noprop.Data(*(noprop.Split(x.images[:n], x.labels[:n]) for x, n in sizes))
     (record,) = noprop.train(noprop.State(config), small, threads=2)
-    assert record["val_accuracy"] > 60
+    assert record["val_accuracy"] > 50
