@@ -3,10 +3,14 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core for each of pytest's processes: read when torch is imported
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, befor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are some files, and whatever takes the trained network; others are marked by themselves.
+    """Slow are some files, and whatever takes the trained network; others are marked one by one.
 
     The slow files come first, so that at the end no worker waits for another.
     """
@@ -105,17 +109,18 @@ def enter(main: Callable, arguments: list[str], output: Path) -> None:
 def start(output: Path, arguments: list[str], main: Callable = noprop.main) -> multiprocessing.Process:
     """A command in a process of its own, that prints into a file; without Python's start and its imports."""
     os.environ["PYTHONPATH"] = str(ROOT)
-    FORKS.set_forkserver_preload(["noprop_example"])
+    FORKS.set_forkserver_preload(["noprop_lab.__main__", "torch._dynamo", "torchvision", "matplotlib.figure"])
     process = FORKS.Process(target=enter, args=(main, arguments, output), daemon=True)
     process.start()
     return process
 
 
-def wait_until(holds: Callable[[], bool], process: multiprocessing.Process) -> None:
+def wait_until(holds: Callable[[], bool], process: multiprocessing.Process | subprocess.Popen) -> None:
     """Wait until something holds, which the process is to bring about before it ends."""
     deadline = time.monotonic() + 300
+    ended = process.poll if isinstance(process, subprocess.Popen) else lambda: process.exitcode
     while not holds():
-        assert process.is_alive() and time.monotonic() < deadline
+        assert ended() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 

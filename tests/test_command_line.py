@@ -346,6 +346,7 @@ def test_a_signal_leaves_whole_files(tmp_path):
             picture.load()
 
 
+@pytest.mark.slow
 def test_importing_prints_and_writes_nothing(tmp_path):
     command = [sys.executable, "-c", "import noprop_example, sys; print(*sys.modules, file=sys.stderr)"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

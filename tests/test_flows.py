@@ -285,6 +285,7 @@ def test_the_position_varies_with_t():
     assert (spread > 0.2).sum() > 45
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_papers_setting(kind, small_data):
     config = kind.paper()
@@ -357,6 +358,8 @@ def test_a_run_that_is_resumed_is_the_same_bit_for_bit(kind, small_data, tmp_pat
 # --- Commands ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
+@pytest.mark.slow
 @BOTH
 def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, capsys):
     from PIL import Image

@@ -14,7 +14,7 @@ from noprop_lab.backprop import BackpropConfig
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import LabState, load
-from noprop_lab.settings import LabConfig
+from noprop_lab.settings import WEIGHTS, LabConfig
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +160,7 @@ def test_what_becomes_of_the_embedding(small_data, embedding):
         assert torch.equal(start, torch.eye(10))
 
 
+@pytest.mark.slow
 def test_threads_change_no_bit_of_a_network_with_dropout(small_data):
     config = DTConfig.paper(**TINY | {"num_blocks": 2, "train_images": 256})
     data = small_data._replace(train=noprop.Split(*(x[:256] for x in small_data.train)))
@@ -246,6 +247,7 @@ def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):
 # --- Both --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DTConfig(**TINY), BackpropConfig(**TINY, step_threads=1)])
 def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
     exact = tiny(small_data, config)
@@ -282,19 +284,9 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
 # --- Early exit --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    """Five blocks that know their digits."""
-    folder = tmp_path_factory.mktemp("network")
-    flags = flags_of(folder, train_images=8_000, epochs=2, num_blocks=5, lr=0.01)
-    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
-        assert lab.main(["train", *flags]) == 0
-    return folder / "noprop_hybrid.pt"
-
-
 @pytest.mark.parametrize("by_average", [False, True])
-def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(by_average, network, data):
-    model, images = load(network), data.test.images[:600]
+def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(by_average, data):
+    model, images = load(WEIGHTS), data.test.images[:600]
     model.by_average = by_average
     whole = model.probabilities(images)  # (N, T, classes)
     threshold = whole.amax(-1)[:, 1].median().item()  # so that about half leave after two blocks
@@ -309,19 +301,21 @@ def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(by_a
     assert blocks.item() > 1
     late, blocks = early_exit(model, images, 1.0)  # without a threshold, all blocks
     torch.testing.assert_close(late, whole[:, -1])
-    assert (blocks == 5).all()
+    assert (blocks == 10).all()
     with pytest.raises(ValueError, match="images must be"):
         early_exit(model, images[:, :, :20], 0.9)
 
 
-def test_evaluation_and_prediction_with_early_exit(network, data, tmp_path, capsys):
+def test_evaluation_and_prediction_with_early_exit(data, tmp_path, capsys):
     from PIL import Image
 
     capsys.readouterr()
-    assert lab.main(["evaluate", str(network), "--early-exit", "0.5"]) == 0
-    found = re.match(r"Early exit: (.*) of 5 blocks an image.\nTest accuracy (.*) ±", capsys.readouterr().out)
-    assert 1 < float(found[1]) < 3 and float(found[2]) > 85
+    assert lab.main(["evaluate", str(WEIGHTS), "--early-exit", "0.99"]) == 0
+    found = re.match(
+        r"Early exit: (.*) of 10 blocks an image.\nTest accuracy (.*) ±", capsys.readouterr().out
+    )
+    assert 1 < float(found[1]) < 3 and float(found[2]) > 99
     Image.fromarray(data.test.images[0, 0].numpy()).save(tmp_path / "seven.png")
     for more in ([], ["--early-exit=0.5"]):
-        assert lab.main(["predict", str(network), str(tmp_path / "seven.png"), *more]) == 0
+        assert lab.main(["predict", str(WEIGHTS), str(tmp_path / "seven.png"), *more]) == 0
         assert "seven.png: 7  (7: " in capsys.readouterr().out

@@ -1,63 +1,65 @@
 """Blocks split over processes are the blocks of one run."""
 
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, noprop
-from laboratory import contents, equal, flags_of, lab, refused
+from conftest import ROOT, noprop, start, wait_until
+from laboratory import contents, equal, flags_of, lab, quick_lab, refused
 
 from noprop_lab import parallel
 
 
-def torchrun(processes: int, flags: list[str]) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "noprop_lab", "train", "--threads=1", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # a process group of its own, as at a terminal
-    )
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+        yield
 
 
-def workers(run: subprocess.Popen) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-    return [int(x) for x in found.stdout.split()]
+def member(rank: int, size: int, port: int, arguments: list[str]) -> int:
+    """One of several processes, with the environment that torchrun gives it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, rank, size, size, "localhost", port)
+    os.environ |= dict(zip(names, map(str, values), strict=True)) | {"TORCHELASTIC_RUN_ID": "test"}
+    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+        return lab.main(["train", "--threads=1", *arguments])
 
 
-def finished(processes: int, flags: list[str]) -> str:
-    run = torchrun(processes, flags)
-    output = run.communicate(timeout=300)[0]
-    assert run.returncode == 0, output
-    return output
+def several(size: int, output: Path, flags: list[str]) -> list[multiprocessing.Process]:
+    """Processes that share a run and print into one file."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(output, flags, partial(member, rank, size, port)) for rank in range(size)]
+
+
+def finished(size: int, output: Path, flags: list[str]) -> str:
+    processes = several(size, output, flags)
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * size, output.read_text()
+    return output.read_text()
 
 
 def checkpoint(folder: Path) -> dict:
     return contents(folder / "noprop_hybrid.pt")
 
 
-def wait_for(path: Path, run: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while not path.exists():
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
-        time.sleep(0.02)
-
-
 FIXED, RUN = "--embedding=fixed", {"train_images": 1600, "epochs": 3}  # of 36 steps
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def alone(quick, tmp_path_factory) -> Path:
     """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     assert lab.main(["train", *flags_of(folder, FIXED, "--threads=1", **RUN)]) == 0
@@ -66,52 +68,77 @@ def alone(tmp_path_factory) -> Path:
 
 def test_two_processes_train_the_same_network_as_one(tmp_path, alone):
     often = "--checkpoint-minutes=0.0001"  # in the midst of the epoch too
-    output = finished(2, flags_of(tmp_path, FIXED, often, **RUN))
-    assert equal(checkpoint(alone), checkpoint(tmp_path))
+    output = finished(2, tmp_path / "output", flags_of(tmp_path / "run", FIXED, often, **RUN))
+    assert equal(checkpoint(alone), checkpoint(tmp_path / "run"))
     assert len(re.findall("Test accuracy", output)) == len(re.findall("epoch   1/3", output)) == 1
-    assert {x.name for x in alone.iterdir()} == {x.name for x in tmp_path.iterdir()}
+    assert {x.name for x in alone.iterdir()} == {x.name for x in (tmp_path / "run").iterdir()}
 
 
 def test_a_learned_embedding_is_the_same_up_to_rounding(tmp_path):
     """Sums are made in another order."""
     assert lab.main(["train", *flags_of(tmp_path / "one", "--threads=1")]) == 0
-    finished(2, flags_of(tmp_path / "several"))
-    one, several = (checkpoint(tmp_path / name)["model"] for name in ("one", "several"))
+    finished(2, tmp_path / "output", flags_of(tmp_path / "two"))
+    one, two = (checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
     for name, value in one.items():
-        torch.testing.assert_close(value, several[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, alone):
+def test_a_stopped_run_of_torchrun_goes_on_with_another_number_of_processes(tmp_path):
     """Ctrl-C stops all, in the midst of an epoch; three go on to the same end as one."""
-    run = torchrun(2, flags_of(tmp_path, FIXED, **RUN))
-    wait_for(tmp_path / "noprop_hybrid.pt", run)
-    started = workers(run)
+    more = RUN | {"epochs": 30}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "noprop_lab", "train", "--threads=1", *flags_of(tmp_path, **more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a process group of its own, as at a terminal
+    )
+    wait_until((tmp_path / "noprop_hybrid.pt").exists, run)
+    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
     os.killpg(run.pid, signal.SIGINT)
     time.sleep(0.1)
-    for worker in started:  # torchrun too sends its processes a second one
-        os.kill(worker, signal.SIGINT)
+    for worker in found.stdout.split():  # torchrun too sends its processes a second one
+        os.kill(int(worker), signal.SIGINT)
     output = run.communicate(timeout=300)[0]
     assert run.returncode != 0 and "Test accuracy" in output, output
     assert output.count("Stopped after step") == 1
-    assert checkpoint(tmp_path)["training"]["step"] < 36
-    finished(3, ["--resume", f"--output-dir={tmp_path}"])
-    assert equal(checkpoint(alone), checkpoint(tmp_path))
+    assert checkpoint(tmp_path)["training"]["step"] < 360
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, alone):
+    """Of two processes one gets Ctrl-C in the midst of an epoch; three go on to the same end as one."""
+    output = tmp_path / "output"
+    processes = several(2, output, flags_of(tmp_path / "run", FIXED, **RUN))
+    wait_until(lambda: output.exists() and "epoch   1/3" in output.read_text(), processes[0])
+    os.kill(processes[1].pid, signal.SIGINT)
+    for process in processes:
+        process.join(300)
+    assert output.read_text().count("Stopped after step") == 1
+    assert checkpoint(tmp_path / "run")["training"]["step"] < 36
+    finished(3, output, ["--resume", f"--output-dir={tmp_path / 'run'}"])
+    assert equal(checkpoint(alone), checkpoint(tmp_path / "run"))
 
 
 def test_the_death_of_a_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
-    run = torchrun(2, flags_of(tmp_path, epochs=1000))
-    wait_for(tmp_path / "noprop_hybrid.pt", run)
-    os.kill(workers(run)[1], signal.SIGKILL)
-    output = run.communicate(timeout=300)[0]
-    assert run.returncode != 0 and output.count("another process of this run is gone") == 1, output
-    assert checkpoint(tmp_path)["training"]["step"] > 0
+    processes = several(2, output := tmp_path / "output", flags_of(tmp_path / "run", epochs=1000))
+    wait_until((tmp_path / "run/noprop_hybrid.pt").exists, processes[0])
+    processes[1].kill()
+    processes[0].join(300)
+    assert processes[0].exitcode == 1
+    assert output.read_text().count("another process of this run is gone") == 1
+    assert checkpoint(tmp_path / "run")["training"]["step"] > 0
 
 
 def test_too_many_processes_are_refused_once(tmp_path):
-    run = torchrun(2, flags_of(tmp_path, num_blocks=1))
-    output = run.communicate(timeout=300)[0]
-    assert run.returncode != 0 and output.count("error: 2 processes for 1 blocks") == 1
-    assert not list(tmp_path.iterdir())
+    processes = several(2, output := tmp_path / "output", flags_of(tmp_path / "run", num_blocks=1))
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert output.read_text().count("error: 2 processes for 1 blocks") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ CONDITIONS += ["thin pen, large picture", "pencil", "coloured ink", "on transpar
 CONDITIONS += ["chalk on a board", "four digits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_digits_on_paper(tmp_path, data, network, name):
     """Some validation digits under each condition, and an empty sheet."""

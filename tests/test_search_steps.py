@@ -79,6 +79,7 @@ def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tm
         noprop.open_study(noprop.Config(), noprop.Options(), url, lambda trial: {"speed": 1})
 
 
+@pytest.mark.slow
 def test_a_search_with_fewer_trials_than_there_are_makes_none(tmp_path, small_data, monkeypatch):
     monkeypatch.setattr(noprop, "load_data", lambda *_: small_data)
     flags = ["--run-hpo", "--epochs=1", "--hpo-epochs=1", "--num-blocks=1", "--batch-size=128"]

@@ -22,6 +22,7 @@ def test_same_seed_same_bits_other_seed_other_bits(small_data):
     assert not same(first.averaged.state_dict(), other.averaged.state_dict())
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_weights_to_nearly_the_same(small_data):
     exact = train_tiny(small_data)
     short, again = (train_tiny(small_data, n, precision="bfloat16") for n in (1, 2))
@@ -66,6 +67,7 @@ def test_labels_do_not_enter_the_answer(trained, data):
     assert accuracy < 5
 
 
+@pytest.mark.slow
 def test_shuffled_labels_leave_the_test_at_chance(data):
     shuffled = data.train.labels[torch.randperm(55_000, generator=noprop.generator("shuffle"))]
     train = noprop.Split(data.train.images[:10_000], shuffled[:10_000])
