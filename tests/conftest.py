@@ -25,7 +25,14 @@ CPU = torch.device("cpu")
 TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 
-SLOW = ("test_search_workers", "test_parallel", "test_reliability", "test_search", "test_parts")
+SLOW = (
+    "test_search_workers",
+    "test_parallel",
+    "test_reliability",
+    "test_search",
+    "test_datasets",
+    "test_parts",
+)
 FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, before the first process
 
 

@@ -205,6 +205,7 @@ def test_a_home_folder(monkeypatch, tmp_path):
     assert noprop.read_command_line(["--output-dir=~/x"])[1].output_dir == tmp_path / "x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unpacked", "a folder"])
 def test_damaged_data(capsys, tmp_path, damage):
     folder = shutil.copytree(ROOT / "data/MNIST/raw", tmp_path / "MNIST/raw")

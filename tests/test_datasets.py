@@ -84,7 +84,6 @@ def test_files_in_the_format_of_mnist(tmp_path, data, fashion, place, form):
         lab_data.load_data(FASHION, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_run_on_fashion_mnist(tmp_path, fashion, capsys):
     """Its own block and epochs may be other ones: here and later."""
     for name, content in fashion.items():
@@ -102,7 +101,6 @@ def test_a_run_on_fashion_mnist(tmp_path, fashion, capsys):
     refused(capsys, 2, ["train", *flags], "train-labels-idx1-ubyte.gz", "Not a gzipped file")
 
 
-@pytest.mark.slow
 def test_all_images_are_those_to_train_and_to_choose_by_and_nothing_is_chosen(tmp_path, data, capsys):
     whole = lab_data.load_data(LabConfig(all_images=True, select="last"), noprop.Options.data_root)
     assert len(whole.train.labels) == 60_000 and torch.equal(whole.test.images, data.test.images)
@@ -237,7 +235,6 @@ def write_pictures(root, split: noprop.Split, names: list[str], images: int) -> 
 ORDER = ["zero", "one", "seven"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one folder", "train and test"])
 def test_a_folder_of_pictures(tmp_path, data, capsys, layout, monkeypatch):
     root, out = tmp_path / "pictures", tmp_path / "out"
@@ -260,7 +257,6 @@ def test_a_folder_of_pictures(tmp_path, data, capsys, layout, monkeypatch):
     assert re.match(rf"{picture}: (one|seven|zero)  \(", capsys.readouterr().out)
 
 
-@pytest.mark.slow
 def test_a_folder_to_which_something_was_added_is_not_gone_on_with(tmp_path, data, capsys):
     root, out = tmp_path / "pictures", tmp_path / "out"
     write_pictures(root, data.train, ORDER, 900)
@@ -277,7 +273,6 @@ def test_a_folder_to_which_something_was_added_is_not_gone_on_with(tmp_path, dat
     refused(capsys, 2, [*resume, "--classes", "one", "two"], "--classes ('one', 'two') contradicts")
 
 
-@pytest.mark.slow
 def test_some_of_the_classes(tmp_path, data):
     write_pictures(tmp_path, data.train, ORDER, 900)
     flags = small("folder", tmp_path, tmp_path / "out", "--classes", "zero", "one")

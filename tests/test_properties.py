@@ -92,7 +92,7 @@ def check_settings(kind: type[noprop.Config], changes: dict, state_of) -> None:
         check_line(failure, *changes, *(["blocks' loss"] if weights else []))
 
 
-@settings(SAME, max_examples=150)
+@settings(SAME, max_examples=100)
 @given(settings_of(noprop.Config))
 def test_settings_are_refused_by_name_or_train(changes):
     check_settings(noprop.Config, changes, lambda config, _: noprop.State(config))
@@ -109,7 +109,7 @@ def test_each_setting_alone_is_refused_by_name_or_a_finite_number(kind):
 
 
 @pytest.mark.parametrize("kind", [LabConfig, DTConfig])
-@settings(SAME, max_examples=50)
+@settings(SAME, max_examples=30)
 @given(st.data())
 def test_settings_of_the_lab_are_refused_by_name_or_train(kind, data):
     changes = data.draw(settings_of(kind))
