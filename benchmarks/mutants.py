@@ -5,12 +5,13 @@
     python benchmarks/mutants.py operators --list       what would be planted
 
 Plants each in a temporary copy of the project, and runs there tests that reach its line, up to the first
-failure: those that run the fewest lines, as they are about these, and BUDGET seconds of them. What each test
-reaches is found out before, under coverage.py. Left out are changes that can't matter, by their kind: a
-string that is equal made one that comes before or after; -1 made 1 as an argument (a dimension: the last of
-two); arguments in SILENT, on which no result depends. What is known is kept in runs/mutants.jsonl, below the
-current folder, so that a stopped call goes on; where sources or tests have changed, all begins anew. A
-timeout counts as killed; what can't be imported, or ends pytest itself, counts as neither.
+failure: those that run the fewest lines, as they are about these, and BUDGET seconds of them (for a bug of
+meaning three times that). What each test reaches is found out before, under coverage.py. Left out are changes
+that can't matter, by their kind: a string that is equal made one that comes before or after; -1 made 1 as an
+argument (a dimension: the last of two); arguments in SILENT, on which no result depends. What is known is
+kept in runs/mutants.jsonl, below the current folder, so that a stopped call goes on; where sources or tests
+have changed, all begins anew. A timeout counts as killed; what can't be imported, or ends pytest itself,
+counts as neither.
 
 Needs, beside requirements-dev.txt: pip install "cosmic-ray>=8.7,<9" "pytest-cov>=6,<8"
 """
@@ -317,7 +318,7 @@ def tests_of(base: Path, mutant: Mutant, reach: Reach) -> list[str]:
     likely = [f"tests/test_{name}.py" for start, name in LIKELY.items() if mutant.name.startswith(start)]
     first = [x for x in reach.seconds if x.split("::")[0] in likely]
     rest = set(reach.lines.get((mutant.file, line)) or reach.seconds) - set(first)
-    chosen, left = [], BUDGET
+    chosen, left = [], BUDGET * (3 if mutant.kind == "bugs" else 1)
     for test in sorted(rest, key=lambda x: (reach.width[x], x)):
         if reach.seconds[test] <= left:
             chosen.append(test)

@@ -32,6 +32,8 @@ SLOW = (
     "test_search",
     "test_datasets",
     "test_parts",
+    "test_command_line",
+    "test_lab_commands",
 )
 FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, before the first process
 
@@ -39,12 +41,13 @@ FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, befor
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow are some files, and whatever takes the trained network; others are marked one by one.
 
-    The slow files come first, so that at the end no worker waits for another.
+    With several workers the slow files come first, so that at the end none waits for another.
     """
     for item in items:
         if item.path.stem in SLOW or "trained" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: [*SLOW, item.path.stem].index(item.path.stem))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: [*SLOW, item.path.stem].index(item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")

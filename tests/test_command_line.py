@@ -205,7 +205,6 @@ def test_a_home_folder(monkeypatch, tmp_path):
     assert noprop.read_command_line(["--output-dir=~/x"])[1].output_dir == tmp_path / "x"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unpacked", "a folder"])
 def test_damaged_data(capsys, tmp_path, damage):
     folder = shutil.copytree(ROOT / "data/MNIST/raw", tmp_path / "MNIST/raw")
@@ -313,7 +312,6 @@ def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path):
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
     """A file-size limit stands for the full disk; the picture of an earlier run stays whole."""
     for name in ("noprop_hybrid.json", "training_progress_hybrid.png"):
@@ -327,7 +325,6 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
     assert names == {"noprop_hybrid.1.json", "training_progress_hybrid.png"}  # kept, and untouched
 
 
-@pytest.mark.slow
 def test_a_signal_leaves_whole_files(tmp_path):
     """Of a terminal that is closed; in test_reliability.py those of Ctrl-C and kill."""
     flags = ["--epochs=50", "--train-images=2000", "--num-blocks=3", f"--output-dir={tmp_path / 'run'}"]
@@ -347,7 +344,6 @@ def test_a_signal_leaves_whole_files(tmp_path):
             picture.load()
 
 
-@pytest.mark.slow
 def test_importing_prints_and_writes_nothing(tmp_path):
     command = [sys.executable, "-c", "import noprop_example, sys; print(*sys.modules, file=sys.stderr)"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -360,7 +356,6 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     assert not {"matplotlib", "optuna", "torchvision", "PIL"} & modules
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["backend", "style"])
 def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
     """No such backend: results, a line a picture, exit code 1; a style or a window's backend do nothing."""
@@ -377,7 +372,6 @@ def test_the_picture_does_not_decide_about_the_run(flags, tmp_path, fault):
     assert (tmp_path / "denoising_hybrid.png").exists() == (fault == "style")
 
 
-@pytest.mark.slow
 def test_a_reader_that_leaves_and_letters_that_a_console_lacks(flags, tmp_path):
     """The run goes on where only a print failed."""
     folder = os.fsencode(tmp_path) + b"/\xff"
@@ -396,7 +390,6 @@ def test_a_reader_that_leaves_and_letters_that_a_console_lacks(flags, tmp_path):
 OUTPUTS = [name.format("hybrid") for name in noprop.OUTPUTS]
 
 
-@pytest.mark.slow
 def test_the_script_runs_alone(tmp_path, flags):
     """Copied into an empty folder beside data/."""
     shutil.copy(SCRIPT, tmp_path)

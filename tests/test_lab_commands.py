@@ -209,7 +209,6 @@ def test_every_setting_is_a_flag(kinds, capsys):
 # --- Going on ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_bare_resume_goes_on_with_the_objective_that_is_there(tmp_path, capsys):
     folder = f"--output-dir={tmp_path}"
     assert lab.main(["train", *flags_of(tmp_path, "--objective=dt", num_blocks=2)]) == 0
@@ -247,7 +246,6 @@ def test_a_networks_data_set_may_bring_settings_that_the_run_had_otherwise(tmp_p
 # --- Whose checkpoint is read by whom ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_the_scripts(tmp_path, capsys):
     assert lab.main(["train", *flags_of(tmp_path / "lab")]) == 0
     assert noprop.main(flags_of(tmp_path / "script")) == 0

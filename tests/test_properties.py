@@ -92,6 +92,7 @@ def check_settings(kind: type[noprop.Config], changes: dict, state_of) -> None:
         check_line(failure, *changes, *(["blocks' loss"] if weights else []))
 
 
+@pytest.mark.slow
 @settings(SAME, max_examples=100)
 @given(settings_of(noprop.Config))
 def test_settings_are_refused_by_name_or_train(changes):
@@ -108,6 +109,7 @@ def test_each_setting_alone_is_refused_by_name_or_a_finite_number(kind):
             check_line(failure, name, *(["blocks' loss"] if name == "eta_loss_weight" else []))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [LabConfig, DTConfig])
 @settings(SAME, max_examples=30)
 @given(st.data())
