@@ -34,6 +34,8 @@ SLOW = (
     "test_parts",
     "test_command_line",
     "test_lab_commands",
+    "test_pictures",
+    "test_demo",
 )
 FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, before the first process
 

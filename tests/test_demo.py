@@ -154,7 +154,6 @@ def test_without_gradio_a_line_says_what_to_install(capsys, monkeypatch):
     refused(capsys, 1, ["demo"], f"the demo takes gradio: pip install '{wanted}'")
 
 
-@pytest.mark.slow
 def test_a_port_in_use_is_a_line():
     pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -233,7 +232,6 @@ def text_of(chromium) -> str:
     return chromium.execute_script(script)
 
 
-@pytest.mark.slow
 def test_in_a_browser(tmp_path):
     """Draw, wait, read the answer, drop a picture, sample; nothing is asked of another machine; Ctrl-C."""
     pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")

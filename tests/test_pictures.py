@@ -45,7 +45,6 @@ def test_it_is_as_accurate_as_is_said_on_a_part(network, data):
     assert right == 1986  # of the first 2,000
 
 
-@pytest.mark.slow
 def test_it_is_as_accurate_as_is_said(capsys):
     assert noprop.main(["--evaluate", str(WEIGHTS)]) == 0
     answers = f"Test accuracy {ACCURACY} ± 0.07 % by the blocks' average, 99.53 % by the last block.\n"
@@ -102,7 +101,6 @@ CONDITIONS += ["thin pen, large picture", "pencil", "coloured ink", "on transpar
 CONDITIONS += ["chalk on a board", "four digits"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_digits_on_paper(tmp_path, data, network, name):
     """Some validation digits under each condition, and an empty sheet."""
