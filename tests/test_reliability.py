@@ -58,7 +58,7 @@ def run(folder, step=noprop.train_step) -> int:
     return noprop.run(noprop.State(config), noprop.load_data(config), options, step=step)
 
 
-@pytest.mark.parametrize(("step", "number"), [(1, 2), (4, 2), (6, 15), (11, 15)])  # an epoch has four steps
+@pytest.mark.parametrize(("step", "number"), [(1, 2), (4, 15), (10, 2)])  # an epoch has four steps
 def test_resume_is_exact_wherever_the_run_was_stopped(step, number, undisturbed, tmp_path, capsys):
     """By Ctrl-C, by kill."""
     assert run(tmp_path, stopping_after(step, number)) == 128 + number
