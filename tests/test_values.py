@@ -286,6 +286,7 @@ def test_each_step_has_its_learning_rate_and_the_epoch_the_means_of_its_steps(sm
         else:
             rates.append(state.lr)
             logs.append(state.log[-1])
+            assert len(logs[-1]) == 4 + 5  # these losses, and the norms of these and of the embedding
     assert rates == pytest.approx([noprop.learning_rate(k / 8, config) for k in range(8)])
     assert 0 < record["seconds"] < time.perf_counter() - started
 
