@@ -309,10 +309,9 @@ def statement(source: str, line: int) -> int:
 def tests_of(base: Path, mutant: Mutant, reach: Reach) -> list[str]:
     """The tests that could notice a mutant, as far as BUDGET goes: a likely file's, then those of few lines.
 
-    A test that runs few lines of the project is about these; a whole command runs most of them.
-
-    A line that no test runs by itself, such as the default of a setting, is read when the file is imported,
-    and all tests could notice it.
+    A test that runs few lines of the project is about those; a whole command runs most of them. A line that
+    no test runs by itself, such as the default of a setting, is read when the file is imported, and all tests
+    could notice it.
     """
     line = statement((base / mutant.file).read_text(encoding="utf-8"), mutant.line)
     likely = [f"tests/test_{name}.py" for start, name in LIKELY.items() if mutant.name.startswith(start)]

@@ -37,7 +37,8 @@ SLOW = (
     "test_pictures",
     "test_demo",
 )
-FORKS = multiprocessing.get_context("forkserver")  # imports PyTorch once, before the first process
+FORKS = multiprocessing.get_context("forkserver")  # imports these once, before the first process
+FORKS.set_forkserver_preload(["noprop_lab.__main__", "torch._dynamo", "torchvision", "matplotlib.figure"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -120,10 +121,10 @@ def enter(main: Callable, arguments: list[str], output: Path) -> None:
 
 def start(output: Path, arguments: list[str], main: Callable = noprop.main) -> multiprocessing.Process:
     """A command in a process of its own, that prints into a file; without Python's start and its imports."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    FORKS.set_forkserver_preload(["noprop_lab.__main__", "torch._dynamo", "torchvision", "matplotlib.figure"])
     process = FORKS.Process(target=enter, args=(main, arguments, output), daemon=True)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # for what is imported before; other processes go without
+        process.start()
     return process
 
 
@@ -134,6 +135,16 @@ def wait_until(holds: Callable[[], bool], process: multiprocessing.Process | sub
     while not holds():
         assert ended() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def ended(processes: list[multiprocessing.Process], outputs: list[Path], code: int = 0) -> list[str]:
+    """What the processes have printed, after all have ended with that code."""
+    for process in processes:
+        process.join(300)
+    found = [output.read_text() for output in outputs]
+    assert [process.exitcode for process in processes] == [code] * len(processes), found
+    assert not any("Traceback" in text for text in found), found
+    return found
 
 
 def fails(capsys, code: int, arguments: list[str], *words: str, main=noprop.main) -> None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import CPU, TINY, fails, noprop
 
@@ -28,13 +29,14 @@ def few_images(*arguments, load: Callable = lab_data.load_data) -> noprop.Data:
 
 
 @contextmanager
-def quick_lab(monkeypatch) -> Iterator[None]:
+def quick_lab() -> Iterator[None]:
     """Few images for the lab and the script; one thread, as tests run beside others."""
-    monkeypatch.setattr(lab, "load_data", few_images)
-    monkeypatch.setattr(noprop, "load_data", partial(few_images, load=noprop.load_data))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "load_data", few_images)
+        patch.setattr(noprop, "load_data", partial(few_images, load=noprop.load_data))
+        yield
     torch.set_num_threads(before)
 
 

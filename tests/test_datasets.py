@@ -21,8 +21,8 @@ from noprop_lab.settings import SOURCES, LabConfig
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    with quick_lab(monkeypatch):
+def quick():
+    with quick_lab():
         yield
 
 

@@ -21,8 +21,8 @@ ONE = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 1}  # 
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    with quick_lab(monkeypatch):
+def quick():
+    with quick_lab():
         yield
 
 

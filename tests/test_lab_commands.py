@@ -18,8 +18,8 @@ from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    with quick_lab(monkeypatch):
+def quick():
+    with quick_lab():
         yield
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, noprop, start, wait_until
+from conftest import ROOT, ended, noprop, start, wait_until
 from laboratory import contents, equal, flags_of, lab, quick_lab, refused
 
 from noprop_lab import parallel
@@ -22,7 +22,7 @@ from noprop_lab import parallel
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+    with quick_lab():
         yield
 
 
@@ -31,7 +31,7 @@ def member(rank: int, size: int, port: int, arguments: list[str]) -> int:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = (rank, rank, size, size, "localhost", port)
     os.environ |= dict(zip(names, map(str, values), strict=True)) | {"TORCHELASTIC_RUN_ID": "test"}
-    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+    with quick_lab():
         return lab.main(["train", "--threads=1", *arguments])
 
 
@@ -44,11 +44,7 @@ def several(size: int, output: Path, flags: list[str]) -> list[multiprocessing.P
 
 
 def finished(size: int, output: Path, flags: list[str]) -> str:
-    processes = several(size, output, flags)
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * size, output.read_text()
-    return output.read_text()
+    return ended(several(size, output, flags), [output])[0]
 
 
 def checkpoint(folder: Path) -> dict:
@@ -105,7 +101,7 @@ def test_ctrl_c_stops_a_run_of_torchrun(tmp_path):
     output = run.communicate(timeout=300)[0]
     assert run.returncode != 0 and "Test accuracy" in output, output
     assert output.count("Stopped after step") == 1
-    assert checkpoint(tmp_path)["training"]["step"] < 480
+    assert checkpoint(tmp_path)["training"]["step"] < 360
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path, alone):
@@ -134,10 +130,7 @@ def test_the_death_of_a_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
 
 def test_too_many_processes_are_refused_once(tmp_path):
     processes = several(2, output := tmp_path / "output", flags_of(tmp_path / "run", num_blocks=1))
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [2, 2]
-    assert output.read_text().count("error: 2 processes for 1 blocks") == 1
+    assert ended(processes, [output], 2)[0].count("error: 2 processes for 1 blocks") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -11,8 +11,8 @@ FIXED = "--embedding=fixed"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    with quick_lab(monkeypatch):
+def quick():
+    with quick_lab():
         yield
 
 
@@ -24,7 +24,7 @@ def checkpoint(folder: Path) -> dict:
 def parts(tmp_path_factory) -> Path:
     """Three blocks, each trained alone, and in "whole" the same three trained together, by the script."""
     folder = tmp_path_factory.mktemp("parts")
-    with pytest.MonkeyPatch.context() as patch, quick_lab(patch):
+    with quick_lab():
         for name in ("1", "2", "3", "1,3"):
             assert lab.main(["train", *flags_of(folder / name, FIXED, f"--blocks={name}")]) == 0
         assert noprop.main(flags_of(folder / "whole", FIXED, "--select=last")) == 0

@@ -3,12 +3,11 @@
 import signal
 import threading
 from contextlib import suppress
-from functools import partial
 
 import pytest
 import torch
 from conftest import TINY, fails, noprop, start, wait_until
-from laboratory import few_images
+from laboratory import quick_lab
 
 from benchmarks.faults import fingerprint
 
@@ -16,8 +15,7 @@ from benchmarks.faults import fingerprint
 @pytest.fixture(autouse=True, scope="module")
 def quick(data):
     """Few images to validate and to test on; not in the fixture of all tests, which is there before."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noprop, "load_data", partial(few_images, load=noprop.load_data))
+    with quick_lab():
         yield
 
 
@@ -30,8 +28,8 @@ def undisturbed(quick, tmp_path_factory) -> str:
 
 def quick_main(arguments: list[str]) -> int:
     """The command with few images, in a process of its own."""
-    noprop.load_data = partial(few_images, load=noprop.load_data)
-    return noprop.main(arguments)
+    with quick_lab():
+        return noprop.main(arguments)
 
 
 def tiny_flags(folder) -> list[str]:

@@ -99,9 +99,9 @@ def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_da
     assert all(trial.user_attrs["record"]["test_accuracy"] is None for trial in trials(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("number", [2, 9])
+@pytest.mark.parametrize("number", [2, 9, 15])
 def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path, number):
-    """By SIGINT, by SIGKILL."""
+    """By SIGINT, by SIGKILL, by SIGTERM."""
     output = tmp_path / "output"
     process = start(output, command := flags(tmp_path, hpo_epochs=500))
 

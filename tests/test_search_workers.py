@@ -13,7 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import CPU, noprop, start, wait_until
+from conftest import CPU, ended, noprop, start, wait_until
 from filelock import FileLock, Timeout
 from laboratory import contents, equal, few_images, flags_of, lab, quick_lab, refused
 
@@ -23,8 +23,8 @@ from noprop_lab.settings import LabOptions
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    with quick_lab(monkeypatch):
+def quick():
+    with quick_lab():
         yield
 
 
@@ -52,16 +52,6 @@ def flags(folder: Path, *more: str, **changes) -> list[str]:
 
 def search(folder: Path, *more: str, **changes) -> int:
     return quick_search(flags(folder, "--no-hpo-final-run", *more, **changes))
-
-
-def ended(processes: list[multiprocessing.Process], outputs: list[Path], code: int = 0) -> list[str]:
-    """What the processes have printed, after all have ended with that code."""
-    for process in processes:
-        process.join(300)
-    found = [output.read_text() for output in outputs]
-    assert [process.exitcode for process in processes] == [code] * len(processes), found
-    assert not any("Traceback" in text for text in found), found
-    return found
 
 
 def trials(folder: Path, url: str | None = None) -> list:
