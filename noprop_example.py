@@ -617,9 +617,20 @@ class State:
         optimizer.zero_grad(set_to_none=False)  # the parameters' gradients are views of this one
         if name == "label_embedding":
             self.model.label_embedding.weight.data.renorm_(2, 0, self.config.max_norm_embed)  # each row
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # young weights count for less
-        torch._foreach_lerp_(*self.tensors[name], 1 - decay)
+        self.average(name)
         return norm
+
+    def decay(self) -> float:
+        """What the averages keep of themselves in this step: young weights count for less."""
+        return min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+
+    def average(self, name: str) -> None:
+        """Move the average of one part."""
+        torch._foreach_lerp_(*self.tensors[name], 1 - self.decay())
+
+    def draw(self, t: int, purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
+        """The numbers that block t draws in this step for that purpose, on the device."""
+        return send(kind(shape, generator=generator(self.config.seed, purpose, t, self.step)), self.device)
 
     def measure(self, data: Data, parallel: Callable) -> dict[str, Any]:
         """The record of an epoch that has ended: losses, learning rate, seconds, accuracies in percent."""
@@ -696,11 +707,8 @@ def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -
     The block has a copy of W of its own, and sees nothing else of the network: no gradient goes further.
     """
     config, model, objective = state.config, state.model, state.objective
-    W = model.label_embedding.weight.detach().clone().requires_grad_(config.learns_embedding)
-
-    def draw(purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
-        return send(kind(shape, generator=generator(config.seed, purpose, t, state.step)), image.device)
-
+    W, draw = model.label_embedding.weight.detach().clone(), partial(state.draw, t)
+    W.requires_grad_(config.learns_embedding)
     short = config.precision == "bfloat16"  # products and convolutions; weights and averages stay float32
     with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
         block = model.blocks[t - 1]
@@ -746,12 +754,11 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
                 losses, norms = zip(*(results.get(name, (zero, zero)) for name in state.parts), strict=True)
                 state.log.append(torch.stack([*losses[:-1], *norms]))  # the embedding has no loss of its own
                 state.step += 1
-                if state.device.type == "cpu":  # elsewhere, to look at a value is to wait for it
+                if state.device.type == "cpu" or len(state.log) == steps:  # a GPU would wait for each look
                     check_finite(state)
                 state.seconds += time.perf_counter() - started
                 if steps_too:
                     yield None
-            check_finite(state)
             record = state.measure(data, parallel)
         state.record(record, len(data.val.labels))
         yield record

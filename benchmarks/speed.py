@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                        everything (about 20 minutes on two cores)
     python benchmarks/speed.py --parts step memory    some of it
+    python benchmarks/speed.py --device cuda          on a GPU, with graphs too
 
 Writes benchmarks/results/speed-MACHINE.json and prints a Markdown table. Times are medians of interleaved
 repeats, with the range between their quartiles. Nothing else should compute meanwhile. Images are random
@@ -17,12 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,22 +33,22 @@ import noprop_example as noprop
 from benchmarks.machine import matmul_peak
 from noprop_example import Config, State
 from noprop_lab import backprop
+from noprop_lab.__main__ import step_of
+from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
+from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
 
-DEVICE = noprop.pick_device(noprop.Options())
+DEVICE = noprop.CPU  # unless the command line names another
 THREADS = torch.get_num_threads()
-NAME = (
-    f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}-{THREADS}-cores"
-    if DEVICE.type == "cpu"
-    else torch.cuda.get_device_name().replace(" ", "-").lower()
-)
 RESULTS: dict = {}  # what is printed and written
 
 OURS, IN_TURN = "NoProp, a block on each core", "NoProp, one block after another"
 AT_ONCE, PARTS = "NoProp, all losses in one backward pass", "backpropagation, a T-th of the batch at a time"
 SHORT = "NoProp in bfloat16"
 TWIN, PLAIN = "backpropagation through the chain", "plain CNN of one block's size by backpropagation"
+CHECKPOINTED = "backpropagation, each block's activations computed again"
 
 
 def report(name: str, value, text: str) -> None:
@@ -146,6 +149,17 @@ def accumulated_step(twin: State, image: Tensor, label: Tensor, parts: int) -> N
     twin.step += 1
 
 
+def checkpointed_step(twin: State, image: Tensor, label: Tensor) -> None:
+    """A step of the twin that keeps only what goes from block to block: the rest is computed again."""
+    z = twin.model.start(image)
+    for t in range(1, twin.config.num_blocks + 1):
+        u_hat, z = checkpoint(twin.model.step, t, image, z, use_reentrant=False)
+    F.cross_entropy(twin.model.classify(u_hat, z), label).backward()
+    for name in twin.parts.keys() - {"label_embedding"}:
+        twin.update(name, 1e-3)
+    twin.step += 1
+
+
 # --- Parts -------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +200,27 @@ def step(rounds: int = 9) -> None:
             text = f"{spread(values, 1e3 / STEPS)}, {ratio:.2f} × {TWIN}"
             report(f"{name}: ms a step, {key}", [x * 1e3 / STEPS for x in values], text)
         report(f"{name}: FLOPs of {OURS} ÷ {TWIN}", work / twin_work, f"{work / twin_work:.2f}")
+
+
+def graphs(rounds: int = 5) -> None:
+    """What graphs do for a step on a GPU: of the presets, and of the paper's setting of NoProp-DT."""
+    paper = DTConfig.paper()
+    configs = {name: preset(name, LabConfig) for name in ("default", "accurate", "reference")}
+    for name, config in (configs | {"paper": paper}).items():
+        batch, contestants = random_batch(config.batch_size), {}
+        for precision in ("float32", "bfloat16"):
+            now = replace(config, precision=precision)
+            for kind, wrap in ((LabState, lambda x: x), (GraphState, graphed)):
+                state, call = kind(now, DEVICE), wrap(step_of(now))
+                contestants[f"{precision}{', graphs' * (kind is GraphState)}"] = times(
+                    partial(call, state, *batch, 1e-3)
+                )
+        measured = interleaved(contestants, rounds)
+        first = statistics.median(next(iter(measured.values())))
+        for key, values in measured.items():
+            ratio = statistics.median(values) / first
+            text = f"{spread(values, 1e3 / STEPS, 2)}, {ratio:.2f} ×"
+            report(f"{name}: ms a step, {key}", [x * 1e3 / STEPS for x in values], text)
 
 
 def compiled(rounds: int = 5) -> None:
@@ -289,6 +324,7 @@ def memory(batch_size: int = 256) -> None:
             IN_TURN: partial(train_step, state, *batch),
             AT_ONCE: partial(all_blocks_at_once, state, *batch),
             TWIN: partial(train_step, twin, *batch),
+            CHECKPOINTED: partial(checkpointed_step, twin, *batch),
             PARTS: partial(accumulated_step, twin, *batch, blocks),
         }
         for name, call in contestants.items():
@@ -301,7 +337,9 @@ def memory(batch_size: int = 256) -> None:
                 report(f"T = {blocks}: MiB on the GPU, {name}", mib, f"{mib:.1f}")
         if blocks == 10:
             timed = {OURS: noprop_steps(state, batch)}
-            timed |= {name: times(contestants[name]) for name in (IN_TURN, AT_ONCE, TWIN, PARTS)}
+            timed |= {
+                name: times(contestants[name]) for name in (IN_TURN, AT_ONCE, TWIN, CHECKPOINTED, PARTS)
+            }
             seconds = {name: statistics.median(x) for name, x in interleaved(timed, 3).items()}
             for name, value in seconds.items():
                 ratio = value / seconds[TWIN]
@@ -356,7 +394,8 @@ def runs(number: int) -> None:
         folder = Path("runs") / "speed" / f"seed{seed}"
         cost = original()
         started = time.perf_counter()
-        command = [sys.executable, str(script), "--seed", str(seed), "--output-dir", str(folder)]
+        command = [sys.executable, str(script), f"--seed={seed}", f"--output-dir={folder}"]
+        command.append(f"--device={DEVICE}")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         totals.append(time.perf_counter() - started)
         ratios.append((cost + original()) / 2 / totals[-1])
@@ -411,22 +450,31 @@ def inference(number: int) -> None:
         report(f"early exit at probability {threshold}", blocks, text)
 
 
+def name_of_machine() -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name().replace(" ", "-").lower()
+    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}-{THREADS}-cores"
+
+
 def main() -> int:
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("machine", "step", "compiled", "profile", "memory", "runs", "inference")
+    parts = ("machine", "step", "graphs", "compiled", "profile", "memory", "runs", "inference")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seeds", type=int, default=3, help="whole runs, and networks that are asked")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     arguments = parser.parse_args()
+    DEVICE = noprop.pick_device(noprop.Options(device=arguments.device))
     print("| | |\n|---|---|")
-    for part in (machine, step, compiled, profile, memory):
-        if part.__name__ in arguments.parts:
+    for part in (machine, step, graphs, compiled, profile, memory):
+        if part.__name__ in arguments.parts and not (part is graphs and DEVICE.type != "cuda"):
             part()
     for part in (runs, inference):
         if part.__name__ in arguments.parts:
             part(arguments.seeds)
     RESULTS["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
     (folder := Path(__file__).parent / "results").mkdir(exist_ok=True)
-    path = folder / f"speed-{NAME}.json"
+    path = folder / f"speed-{name_of_machine()}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}  # of other parts, measured earlier
     path.write_text(json.dumps(kept | RESULTS, indent=1) + "\n")
     return 0

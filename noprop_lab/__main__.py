@@ -22,6 +22,7 @@ from noprop_lab import demo as drawing
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
 from noprop_lab.early_exit import early_exit
+from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
 from noprop_lab.pictures import read_pictures
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions, WholeConfig
@@ -164,10 +165,24 @@ def train(
             raise Failure(f"{config.objective} trains one network as a whole: start it without torchrun")
         if isinstance(config, dt.DTConfig) and config.updates == "each":
             raise Failure("blocks that take turns can't train side by side: torchrun takes --updates last")
+        if options.graphs:
+            raise Failure("--graphs puts all blocks on one GPU: start it without torchrun")
         state = parallel.SharedState(config, device, data, embedding)
         return parallel.run(state, data, options, content, end_of(config))
-    state = LabState(config, device, data, embedding)
-    return noprop.run(state, data, options, content, step_of(config), end=end_of(config))
+    kind, step = kind_and_step(config, options, device)
+    state = kind(config, device, data, embedding)
+    return noprop.run(state, data, options, content, step, end=end_of(config))
+
+
+def kind_and_step(
+    config: LabConfig, options: LabOptions, device: torch.device
+) -> tuple[type[LabState], Callable]:
+    """What holds a run, and makes its steps."""
+    if not options.graphs:
+        return LabState, step_of(config)
+    if device.type != "cuda":
+        raise Failure(f"--graphs takes an NVIDIA GPU, and this run is on {device}: leave it out", 1)
+    return GraphState, graphed(step_of(config))
 
 
 def step_of(config: LabConfig) -> Callable:
@@ -214,15 +229,16 @@ def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """One worker of a search, then a run with the best settings; returns the exit code."""
+    kind, step = kind_and_step(config, options, device)
     data = load_data(config, options.data_root, device)
 
     def new_state(config: LabConfig) -> LabState:
-        return LabState(config, device, data)
+        return kind(config, device, data)
 
     def run(config: LabConfig, content: dict[str, Any] | None) -> int:
-        return noprop.run(new_state(config), data, options, content, step_of(config), end=end_of(config))
+        return noprop.run(new_state(config), data, options, content, step, end=end_of(config))
 
-    return hpo.search(config, options, data, new_state, run, step_of(config))
+    return hpo.search(config, options, data, new_state, run, step)
 
 
 def merge(arguments: list[str]) -> int:
@@ -231,7 +247,7 @@ def merge(arguments: list[str]) -> int:
     options = LabOptions(
         **noprop.read_flags(arguments, LabOptions, prog="python -m noprop_lab merge", rest=rest)
     )
-    names = ("preset", "config", "resume", "objective", "dataset", "blocks", "embedding_from")
+    names = ("preset", "config", "resume", "objective", "dataset", "blocks", "embedding_from", "graphs")
     flags = [f"--{x.replace('_', '-')}" for x in names if getattr(options, x) != getattr(LabOptions, x)]
     flags += [x for x in rest if x.startswith("-")]
     if flags:

@@ -6,13 +6,14 @@ With --num-blocks 1 it is a plain CNN of one block's size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noprop_example import Failure, State, generator, send
+from noprop_example import Failure, State
 from noprop_lab.dt import seed_dropout
 from noprop_lab.settings import WholeConfig
 
@@ -35,11 +36,7 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
     """A step of the twin: {part: (loss, gradient norm)}; the one loss is that of the classifier."""
     config, model, zero = state.config, state.model, torch.zeros((), device=image.device)
     for t, block in enumerate(model.blocks, start=1):
-
-        def draw(purpose: str, shape: torch.Size, kind=torch.randn, t=t) -> Tensor:
-            return send(kind(shape, generator=generator(config.seed, purpose, t, state.step)), image.device)
-
-        seed_dropout(block, draw)
+        seed_dropout(block, partial(state.draw, t))
     short = config.precision == "bfloat16"
     with config.threads_of_step(image.device):  # blocks wait for each other: all cores on each of them
         with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):

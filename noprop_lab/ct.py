@@ -132,7 +132,8 @@ class CT:
         z = noisy_label(u, noise, torch.sigmoid(-gamma).unsqueeze(1))
         u_hat = block(block.image(image), z, t).softmax(-1) @ W
         loss = self.config.eta_loss_weight / 2 * (rise * (u_hat - u).square().sum(1)).mean()
-        u, (start, end) = u[: len(label)], block.schedule.alpha_bar(t.new_tensor([0.0, 1.0]))
+        ends = torch.arange(2, device=t.device, dtype=t.dtype)  # 0 and 1
+        u, (start, end) = u[: len(label)], block.schedule.alpha_bar(ends)
         return loss + kl_to_noise(u, start), noisy_label(u, draw("z_1", u.shape), end)
 
     def head_loss(self, classifier, z, label, W, draw) -> Tensor:

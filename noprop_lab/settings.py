@@ -159,6 +159,7 @@ class LabOptions(Options):
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
     objective: Literal["hybrid", "dt", "ct", "fm", "backprop"] | None = None  # dt, ct, fm: the paper's
     dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
+    graphs: bool = False  # on an NVIDIA GPU: replay each training step as one CUDA graph, which is faster
     # Parts of a network
     blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for merge
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
@@ -180,6 +181,8 @@ class LabOptions(Options):
             raise Failure(f"early_exit must be above 0, at most 1, not {self.early_exit}")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise Failure("early_exit goes with evaluate or predict")
+        if self.graphs and (self.evaluate or self.predict):
+            raise Failure("graphs are of training: leave them out")
         if self.blocks and (self.run_hpo or self.evaluate or self.predict):
             raise Failure(f"search, evaluate and predict take all blocks, not {self.blocks} alone")
 
