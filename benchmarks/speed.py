@@ -135,6 +135,18 @@ def noprop_steps(state: State, batch: tuple[Tensor, Tensor]) -> Callable[[], Non
     return steps
 
 
+def side_by_side(states: list[State], batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """noprop_steps() of one state; of several, twins, a call that makes STEPS steps of all, side by side."""
+    if len(states) == 1:
+        return noprop_steps(states[0], batch)
+
+    def steps() -> None:
+        with noprop.workers(DEVICE, THREADS) as pool:
+            times(lambda: list(pool(lambda state: train_step(state, *batch), states)))()
+
+    return steps
+
+
 def twin_of(name: str, **changes) -> LabState:
     """A preset's network, for backpropagation; with num_blocks=1 it is a plain CNN of one block's size."""
     return LabState(preset(name, backprop.BackpropConfig, **changes), DEVICE)
@@ -151,9 +163,9 @@ def accumulated_step(twin: State, image: Tensor, label: Tensor, parts: int) -> N
 
 def checkpointed_step(twin: State, image: Tensor, label: Tensor) -> None:
     """A step of the twin that keeps only what goes from block to block: the rest is computed again."""
-    z = twin.model.start(image)
+    z = twin.model.start(image).requires_grad_()  # the reentrant kind, whose second pass the meter sees, asks
     for t in range(1, twin.config.num_blocks + 1):
-        u_hat, z = checkpoint(twin.model.step, t, image, z, use_reentrant=False)
+        u_hat, z = checkpoint(twin.model.step, t, image, z, use_reentrant=True)
     F.cross_entropy(twin.model.classify(u_hat, z), label).backward()
     for name in twin.parts.keys() - {"label_embedding"}:
         twin.update(name, 1e-3)

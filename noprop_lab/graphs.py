@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from noprop_example import State
+from noprop_example import State, generator, send
 from noprop_lab.networks import LabState
 
 WARM_UP = 3  # steps that are run before one is captured, and undone: libraries choose and allocate in these
@@ -32,13 +33,9 @@ class GraphState(LabState):
         self.rate, self.weight = (torch.zeros((), device=self.device) for _ in range(2))
         self.drawn: dict[tuple[int, str], tuple[Callable, Tensor]] = {}
         self.streams = [torch.cuda.Stream(self.device) for _ in self.blocks]
-        for *_, optimizer in self.holders.values():
-            optimizer.param_groups[0] |= {"lr": 0.0, "capturable": True}
-            if not optimizer.state:
-                optimizer.step()  # makes the state, and at this rate leaves the weights
-                for state in optimizer.state.values():
-                    state["step"].zero_()
         before = {name: copy.deepcopy(State.part_state(self, name)) for name in self.parts}
+        for *_, optimizer in self.holders.values():
+            optimizer.param_groups[0]["capturable"] = True
         self.fill(image, label, 0.0)
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
@@ -46,8 +43,11 @@ class GraphState(LabState):
             for _ in range(WARM_UP):
                 step(self, self.image, self.label, self.rate, self.side_by_side)
             torch.cuda.synchronize(self.device)
-        for name, states in before.items():
-            self.load_part_state(name, states)
+        for name, (*modules, optimizer) in before.items():
+            made = self.holders[name][-1].state_dict()["state"]  # which a graph must find there
+            optimizer["state"] = optimizer["state"] or tree_map_only(Tensor, torch.zeros_like, made)
+            optimizer["param_groups"][0]["capturable"] = True
+            self.load_part_state(name, [*modules, optimizer])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.results = step(self, self.image, self.label, self.rate, self.side_by_side)
@@ -68,8 +68,16 @@ class GraphState(LabState):
         """Put what this step needs into the buffers that the graph reads."""
         self.image.copy_(image), self.label.copy_(label)
         self.rate.fill_(lr), self.weight.fill_(1 - self.decay())
+        buffers, numbers = [], []
         for (t, purpose), (kind, buffer) in self.drawn.items():
-            buffer.copy_(super().draw(t, purpose, buffer.shape, kind))
+            drawn = kind(buffer.shape, generator=generator(self.config.seed, purpose, t, self.step))
+            if drawn.is_cpu:
+                buffers, numbers = [*buffers, buffer], [*numbers, drawn.flatten()]
+            else:  # dropout, which a GPU draws itself
+                buffer.copy_(drawn)
+        if buffers:  # sent as one
+            sent = send(torch.cat(numbers), self.device).split([len(x) for x in numbers])
+            torch._foreach_copy_(buffers, [x.view(y.shape) for x, y in zip(sent, buffers, strict=True)])
 
     def draw(self, t: int, purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
         """The buffer of these numbers, which in the first step of the warm-up is made."""

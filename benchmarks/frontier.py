@@ -1,0 +1,301 @@
+"""More accuracy a minute: blocks of two sizes, how many of them, and for how many epochs.
+
+    python benchmarks/frontier.py --device cuda    train what is missing, on 45,000 training images
+    python benchmarks/frontier.py --times          seconds of a step of each, on this CPU, by itself
+    python benchmarks/frontier.py --final          train what is chosen on all; test images, once
+    python benchmarks/frontier.py --report         tables and picture, of benchmarks/results/frontier*
+
+The 15,000 other training images answer; no test image is read but by --final. Beside the chains stand plain
+CNNs of a block's size, one and several averaged. What is chosen RULES say, which were written before anything
+was measured. Seconds are those of a CPU, a step's times the number of steps, wherever networks were trained.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import noprop_example as noprop
+from benchmarks import intervals, speed
+from benchmarks.machine import matmul_peak
+from benchmarks.seeds import DOCS, mean
+from noprop_lab.__main__ import step_of
+from noprop_lab.backprop import BackpropConfig
+from noprop_lab.graphs import GraphState, graphed
+from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, ANSWERS, TIMES, FINAL = (
+    RESULTS / f"frontier{x}" for x in (".json", ".npz", "-times.json", "-final.json")
+)
+
+
+class Setting(NamedTuple):
+    """What is trained."""
+
+    way: str  # "NoProp", a chain of blocks; "CNN", plain networks of a block's size, averaged
+    block: str  # of SIZES
+    count: int  # of blocks, or of networks
+    epochs: int
+
+    def configs(self, seed: int) -> list[LabConfig]:
+        """Of the one chain, or of each network."""
+        recipe = dict(block=self.block, epochs=self.epochs)
+        if self.way == "NoProp":
+            return [LabConfig(seed=seed, num_blocks=self.count, **recipe)]
+        seeds = range(100 * (seed + 1), 100 * (seed + 1) + self.count)
+        return [BackpropConfig(seed=x, num_blocks=1, step_threads=1, **recipe) for x in seeds]
+
+
+DEFAULT, TODAY = Setting("NoProp", "small", 10, 12), Setting("NoProp", "deep", 10, 12)
+SEEDS = {Setting("NoProp", "small", T, n): 2 for T in (1, 2, 3, 4, 6, 10) for n in (3, 6, 12)}
+SEEDS |= {Setting("NoProp", "deep", T, n): 2 for T in (1, 2, 3, 4) for n in (3, 6, 12)}
+SEEDS |= {Setting("CNN", "small", 10, n): 1 for n in (3, 6, 12)}
+SEEDS |= {Setting("CNN", "deep", 4, n): 1 for n in (3, 6, 12)}
+QUICKER = [Setting("NoProp", "small", 10, n) for n in (9, 8)]  # instead of the default
+SEEDS |= dict.fromkeys([DEFAULT, *QUICKER], 10)
+RULES = {  # of the deep settings in a list, that of the highest mean accuracy on held-out images
+    "accurate": [Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))],  # about 6 minutes
+    "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],  # about 20
+}
+SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys([*RULES["accurate"], TODAY], 4)
+
+
+def read(path: Path):
+    """Results that are there."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(path: Path, results) -> None:
+    noprop.write_file(path, (json.dumps(results, indent=1) + "\n").encode())
+
+
+# --- Training ----------------------------------------------------------------------------------------------
+
+
+def fit(config: LabConfig, data: noprop.Data, device: torch.device, measured: bool) -> LabState:
+    """Train a network; measured: every epoch is, to select one, else the last is taken."""
+    kind, step = (
+        (GraphState, graphed(step_of(config))) if device.type == "cuda" else (LabState, step_of(config))
+    )
+
+    class Unmeasured(kind):
+        def measure(self, data: noprop.Data, parallel) -> dict:
+            return super().measure(data._replace(val=None, test=None), parallel)
+
+    state = (kind if measured else Unmeasured)(config, device)
+    for _ in noprop.train(state, data, step):
+        pass
+    return state
+
+
+@torch.inference_mode()
+def log_probabilities(model: noprop.NoProp, images: torch.Tensor) -> torch.Tensor:
+    """log p after every block, (N, T, classes), float64."""
+    return torch.cat([model(noprop.to_float(x)) for x in images.split(500)]).double().log_softmax(-1).cpu()
+
+
+def answers(setting: Setting, seed: int, data: noprop.Data, device: torch.device) -> dict[str, np.ndarray]:
+    """What packed() keeps of held-out images: of the chain, or a CNN; of the mean of blocks, or CNNs."""
+    found = []
+    for config in setting.configs(seed):
+        state = fit(replace(config, select="last"), data, device, measured=False)
+        found.append(log_probabilities(state.averaged, data.val.images))
+    log_p, label = torch.cat(found, 1), data.val.labels.cpu()
+    average = log_p.logsumexp(1) - np.log(log_p.shape[1])
+    return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(average, label)}
+
+
+def held_out(data: noprop.Data) -> noprop.Data:
+    """45,000 training images; the 15,000 others in place of validation images, and none to test on."""
+    both = [torch.cat(x) for x in zip(data.train, data.val, strict=True)]
+    parts = (noprop.Split(*(x[chosen] for x in both)) for chosen in (slice(45_000), slice(45_000, None)))
+    return noprop.Data(*parts, None, data.augment)
+
+
+def train(device: torch.device) -> None:
+    """Train what is missing, seed by seed; keep accuracy, loss, and which images were answered rightly."""
+    data = held_out(noprop.load_data(noprop.Config(), device=device))
+    rows, started = read(ROWS), time.perf_counter()
+    right = dict(np.load(ANSWERS)) if ANSWERS.exists() else {}
+    jobs = [(x, seed) for seed in range(max(SEEDS.values())) for x, n in SEEDS.items() if seed < n]
+    jobs = [(x, seed) for x, seed in jobs if f"{'-'.join(map(str, x))}-{seed}" not in rows]
+    work = [x.count * x.epochs * (4 if x.block == "deep" else 1) for x, _ in jobs]
+    for done, (setting, seed) in enumerate(jobs, start=1):
+        name, row = f"{'-'.join(map(str, setting))}-{seed}", {}
+        for which, kept in answers(setting, seed, data, device).items():
+            by_image, losses = intervals.right_and_loss(kept)
+            row[which] = {"accuracy": by_image.mean(), "loss": losses.mean()}
+            right[f"{name}-{which}"] = np.packbits(by_image > 0)
+        rows[name] = row | noprop.made_with(device)
+        left = (time.perf_counter() - started) / sum(work[:done]) * sum(work[done:]) / 60
+        noprop.say(f"{name}: {row['alone']['accuracy']:.2f} %; {done}/{len(jobs)}, about {left:.0f} min left")
+        if done % 10 == 0 or done == len(jobs):
+            np.savez_compressed(ANSWERS, **right)
+            keep(ROWS, rows)
+
+
+def final(device: torch.device, seeds: int = 5) -> None:
+    """Train what is chosen on 55,000 images, select on 5,000, and answer the test images."""
+    data, rows = noprop.load_data(noprop.Config(), device=device), read(FINAL)
+    for seed in range(seeds):
+        for name in RULES:
+            setting = chosen(name)
+            if (key := f"{name}-{'-'.join(map(str, setting))}-{seed}") in rows:
+                continue
+            [config] = setting.configs(seed)
+            state = fit(config, data._replace(test=None), device, measured=True)
+            state.averaged.load_state_dict(state.selected)
+            found = noprop.evaluate(state.averaged, data.test, config)
+            rows[key] = found | {"epoch": state.selected_epoch} | noprop.made_with(device)
+            noprop.say(f"{key}: {found['accuracy'][-1]:.2f} %")
+            keep(FINAL, rows)
+
+
+def times(rounds: int = 3) -> None:
+    """Seconds of a step of each, on this CPU: blocks side by side, or networks."""
+    kinds = sorted({x._replace(epochs=1) for x in SEEDS})
+    contestants = {}
+    for setting in kinds:
+        states = [LabState(config) for config in setting.configs(0)]
+        batch = speed.random_batch(states[0].config.batch_size)
+        contestants["-".join(map(str, setting[:3]))] = speed.side_by_side(states, batch)
+    measured = speed.interleaved(contestants, rounds)
+    found = {name: statistics.median(x) / speed.STEPS for name, x in measured.items()}
+    found["matmul peak, GFLOP/s"] = matmul_peak()
+    keep(TIMES, found)
+    for name, value in found.items():
+        noprop.say(f"{name}: {value:.3f}")
+
+
+# --- Report ------------------------------------------------------------------------------------------------
+
+
+def chosen(name: str) -> Setting:
+    """What a rule chooses."""
+    rows = read(ROWS)
+
+    def accuracy(setting: Setting) -> float:
+        names = [f"{'-'.join(map(str, setting))}-{seed}" for seed in range(SEEDS[setting])]
+        return statistics.mean(rows[x]["alone"]["accuracy"] for x in names if x in rows)
+
+    return max(RULES[name], key=accuracy)
+
+
+def rightly(setting: Setting, which: str = "alone") -> np.ndarray:
+    """What resampled() takes, of which only right and wrong is kept: (seeds, 1, 2, N)."""
+    with np.load(ANSWERS) as kept:
+        names = [f"{'-'.join(map(str, setting))}-{seed}-{which}" for seed in range(SEEDS[setting])]
+        right = np.stack([np.unpackbits(kept[x]) for x in names]).astype(float)
+    return np.stack([np.zeros_like(right), right - 1], 1)[:, None]
+
+
+def compared(one: Setting, other: Setting) -> str:
+    """Accuracy of one less the other's, with an interval over seeds and images, and a verdict."""
+    seeds = min(SEEDS[one], SEEDS[other])
+    rows = {"NoProp: one": rightly(one)[:seeds], "NoProp: other": rightly(other)[:seeds]}
+    drawn = intervals.resampled(rows, 0)
+    apart = drawn["NoProp: one"] - drawn["NoProp: other"]
+    return f"{intervals.interval(apart, 3)}, {intervals.verdict(apart, seeds)} ({seeds} seeds)"
+
+
+def seconds_of(setting: Setting, by_step: dict[str, float], images: int = 55_000) -> float:
+    """Seconds of training on so many images, of 512 a step."""
+    return by_step["-".join(map(str, setting[:3]))] * setting.epochs * (images // 512)
+
+
+def report() -> int:
+    """Print the table, and draw the picture."""
+    rows, by_step, lines = read(ROWS), read(TIMES), []
+    table: dict[Setting, list[list[float]]] = {}
+    lines += [
+        "| | epochs | seeds | accuracy | mean of blocks, or networks | nll | nll of the mean | seconds |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for setting, seeds in sorted(SEEDS.items()):
+        names = [f"{'-'.join(map(str, setting))}-{seed}" for seed in range(seeds)]
+        found = [rows[x] for x in names if x in rows]
+        if not found:
+            continue
+        cells = [[x[a][b] for x in found] for b in ("accuracy", "loss") for a in ("alone", "mean")]
+        table[setting] = cells
+        text = [mean(x, d).removesuffix(" ± nan") for x, d in zip(cells, (2, 2, 4, 4), strict=True)]
+        what = f"{setting.way}, {setting.block} × {setting.count}"
+        lines.append(f"| {what} | {setting.epochs} | {len(found)} | {' | '.join(text)} | ")
+        lines[-1] += f"{seconds_of(setting, by_step):.0f} |"
+    pairs = [(x, DEFAULT) for x in QUICKER] + [(x, TODAY) for name in RULES for x in RULES[name]]
+    lines += [""] + [
+        f"- {'-'.join(map(str, a))} less {'-'.join(map(str, b))}: {compared(a, b)}" for a, b in pairs
+    ]
+    for name in RULES if (final := read(FINAL)) else ():
+        found = {key: row for key, row in final.items() if key.startswith(name)}
+        chain, average = ([x[y] for x in found.values()] for y in ("accuracy", "average_accuracy"))
+        text = f"test {mean([x[-1] for x in chain])}, mean of blocks {mean(average)} ({len(found)} seeds)"
+        lines.append(f"- {next(iter(found)).rpartition('-')[0]}: {text}")
+    lines.append(f"\nMatmul peak beside the times: {by_step['matmul peak, GFLOP/s']:.0f} GFLOP/s")
+    noprop.say("\n".join(lines))
+    return noprop.picture(draw, DOCS / "img" / "frontier.png", table, by_step)
+
+
+def draw(table: dict[Setting, list[list[float]]], by_step: dict[str, float]):
+    """Held-out accuracy and loss against seconds, a line for so many blocks, its points by epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    lines: dict[tuple, list[Setting]] = {}
+    for setting in table:
+        lines.setdefault(setting[:3], []).append(setting)
+    colors = {("NoProp", "small"): "Blues", ("NoProp", "deep"): "Greens", ("CNN", "small"): "Reds"}
+    colors[("CNN", "deep")] = "Oranges"
+    from matplotlib import colormaps
+
+    for (way, block, count), settings in sorted(lines.items()):
+        color = colormaps[colors[way, block]](0.35 + 0.6 * min(count, 10) / 10)
+        x = [seconds_of(s, by_step) for s in settings]
+        label = f"{way}: {count} {block}" + " averaged" * (way == "CNN")
+        for axes, at in zip(panels, (0, 2 if way == "NoProp" else 3), strict=True):
+            at = 1 if way == "CNN" and at == 0 else at
+            axes.plot(
+                x, [statistics.mean(table[s][at]) for s in settings], "o-", ms=3, color=color, label=label
+            )
+    panels[0].set(
+        title="Accuracy on 15,000 held-out training images", ylabel="%", xlabel="seconds of training"
+    )
+    panels[1].set(title="Negative log-likelihood of these", xlabel="seconds of training")
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    panels[1].set_yscale("log")
+    panels[0].legend(frameon=False, fontsize=7, ncol=2)
+    return figure
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="auto")
+    for flag in ("--times", "--final", "--report"):
+        parser.add_argument(flag, action="store_true")
+    given = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    device = noprop.pick_device(noprop.Options(device=given.device))
+    if given.times:
+        times()
+    elif given.final:
+        final(device)
+    elif not given.report:
+        train(device)
+    return report() if given.report else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
