@@ -468,10 +468,8 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        sha = hashlib.sha256()
-        for part in (*self.train, *self.val, *(self.test or ())):
-            sha.update(part.cpu().numpy().tobytes())
-        return sha.hexdigest()
+        tensors = (*self.train, *self.val, *(self.test or ()))
+        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in tensors)).hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
@@ -588,6 +586,8 @@ class State:
     """
 
     POSITION = ("step", "lr", "seconds", "selected_epoch", "history", "log")
+    # the share of this step's weights in their average, from which young ones are soon gone
+    fresh = property(lambda self: 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
 
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
         self.config, self.device = config, device
@@ -617,16 +617,9 @@ class State:
         optimizer.zero_grad(set_to_none=False)  # the parameters' gradients are views of this one
         if name == "label_embedding":
             self.model.label_embedding.weight.data.renorm_(2, 0, self.config.max_norm_embed)  # each row
-        self.average(name)
+        for averaged, x in zip(*self.tensors[name], strict=True):
+            averaged.lerp_(x, self.fresh)
         return norm
-
-    def decay(self) -> float:
-        """What the averages keep of themselves in this step: young weights count for less."""
-        return min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-
-    def average(self, name: str) -> None:
-        """Move the average of one part."""
-        torch._foreach_lerp_(*self.tensors[name], 1 - self.decay())
 
     def draw(self, t: int, purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
         """The numbers that block t draws in this step for that purpose, on the device."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
 from benchmarks.machine import matmul_peak
-from benchmarks.seeds import DOCS, mean
+from benchmarks.seeds import DOCS, mean, write
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.graphs import GraphState, graphed
@@ -213,70 +213,68 @@ def seconds_of(setting: Setting, by_step: dict[str, float], images: int = 55_000
     return by_step["-".join(map(str, setting[:3]))] * setting.epochs * (images // 512)
 
 
+def name_of(setting: Setting) -> str:
+    """Such as "NoProp, small × 10"."""
+    return f"{setting.way}, {setting.block} × {setting.count}"
+
+
 def report() -> int:
-    """Print the table, and draw the picture."""
-    rows, by_step, lines = read(ROWS), read(TIMES), []
-    table: dict[Setting, list[list[float]]] = {}
-    lines += [
-        "| | epochs | seeds | accuracy | mean of blocks, or networks | nll | nll of the mean | seconds |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    """Print the table, put it into docs/speed.md, and draw the picture."""
+    rows, by_step, final, table = read(ROWS), read(TIMES), read(FINAL), {}
+    columns = "", "epochs", "seeds", "accuracy", "of the mean", "nll", "of the mean", "seconds"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):
-        names = [f"{'-'.join(map(str, setting))}-{seed}" for seed in range(seeds)]
-        found = [rows[x] for x in names if x in rows]
-        if not found:
-            continue
+        found = [rows[f"{'-'.join(map(str, setting))}-{seed}"] for seed in range(seeds)]
         cells = [[x[a][b] for x in found] for b in ("accuracy", "loss") for a in ("alone", "mean")]
-        table[setting] = cells
+        table[setting] = [statistics.mean(x) for x in cells]
         text = [mean(x, d).removesuffix(" ± nan") for x, d in zip(cells, (2, 2, 4, 4), strict=True)]
-        what = f"{setting.way}, {setting.block} × {setting.count}"
-        lines.append(f"| {what} | {setting.epochs} | {len(found)} | {' | '.join(text)} | ")
-        lines[-1] += f"{seconds_of(setting, by_step):.0f} |"
-    pairs = [(x, DEFAULT) for x in QUICKER] + [(x, TODAY) for name in RULES for x in RULES[name]]
-    lines += [""] + [
-        f"- {'-'.join(map(str, a))} less {'-'.join(map(str, b))}: {compared(a, b)}" for a, b in pairs
-    ]
-    for name in RULES if (final := read(FINAL)) else ():
-        found = {key: row for key, row in final.items() if key.startswith(name)}
-        chain, average = ([x[y] for x in found.values()] for y in ("accuracy", "average_accuracy"))
-        text = f"test {mean([x[-1] for x in chain])}, mean of blocks {mean(average)} ({len(found)} seeds)"
-        lines.append(f"- {next(iter(found)).rpartition('-')[0]}: {text}")
-    lines.append(f"\nMatmul peak beside the times: {by_step['matmul peak, GFLOP/s']:.0f} GFLOP/s")
-    noprop.say("\n".join(lines))
+        text += [f"{seconds_of(setting, by_step):.0f}"]
+        lines += [f"| {name_of(setting)} | {setting.epochs} | {seeds} | {' | '.join(text)} |"]
+    lines += ["", "| held out: accuracy of | less that of | points |", "|---|---|---|"]
+    for one, other in [(x, DEFAULT) for x in QUICKER] + [(x, TODAY) for rule in RULES.values() for x in rule]:
+        names = [f"{name_of(x)}, {x.epochs} epochs" for x in (one, other)]
+        lines += [f"| {' | '.join(names)} | {compared(one, other)} |"]
+    lines += ["", "| chosen | test accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
+    for rule in RULES:
+        setting, found = chosen(rule), [x for key, x in final.items() if key.startswith(rule)]
+        text = [mean([x["accuracy"][-1] for x in found]), mean([x["average_accuracy"] for x in found])]
+        title = f"{rule}: {name_of(setting)}, {setting.epochs} epochs"
+        lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]
+    peak = f"Matmul peak right after the steps were timed: {by_step['matmul peak, GFLOP/s']:.0f} GFLOP/s."
+    noprop.say(text := "\n".join([*lines, "", peak]))
+    write("frontier", f"![Accuracy and likelihood against time](img/frontier.png)\n\n{text}", "speed.md")
     return noprop.picture(draw, DOCS / "img" / "frontier.png", table, by_step)
 
 
-def draw(table: dict[Setting, list[list[float]]], by_step: dict[str, float]):
-    """Held-out accuracy and loss against seconds, a line for so many blocks, its points by epochs."""
+def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
+    """Of the mean of blocks, or networks: held-out error and loss against seconds, a point an epoch count."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    lines: dict[tuple, list[Setting]] = {}
-    for setting in table:
-        lines.setdefault(setting[:3], []).append(setting)
-    colors = {("NoProp", "small"): "Blues", ("NoProp", "deep"): "Greens", ("CNN", "small"): "Reds"}
-    colors[("CNN", "deep")] = "Oranges"
-    from matplotlib import colormaps
-
-    for (way, block, count), settings in sorted(lines.items()):
-        color = colormaps[colors[way, block]](0.35 + 0.6 * min(count, 10) / 10)
-        x = [seconds_of(s, by_step) for s in settings]
-        label = f"{way}: {count} {block}" + " averaged" * (way == "CNN")
-        for axes, at in zip(panels, (0, 2 if way == "NoProp" else 3), strict=True):
-            at = 1 if way == "CNN" and at == 0 else at
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    error, loss = figure.subplots(1, 2)
+    maps = {("NoProp", "small"): "Blues", ("NoProp", "deep"): "Greens"}
+    maps |= {("CNN", "small"): "Reds", ("CNN", "deep"): "Oranges"}
+    for way, block, count in sorted({x[:3] for x in table}):
+        settings = sorted(x for x in table if x[:3] == (way, block, count))
+        x = [seconds_of(setting, by_step) for setting in settings]
+        color = colormaps[maps[way, block]](0.35 + 0.06 * count)
+        for axes, y in (
+            (error, [100 - table[s][1] for s in settings]),
+            (loss, [table[s][3] for s in settings]),
+        ):
             axes.plot(
-                x, [statistics.mean(table[s][at]) for s in settings], "o-", ms=3, color=color, label=label
+                x, y, "o-" if way == "NoProp" else "s--", ms=4, color=color, label=f"{way}, {block} × {count}"
             )
-    panels[0].set(
-        title="Accuracy on 15,000 held-out training images", ylabel="%", xlabel="seconds of training"
-    )
-    panels[1].set(title="Negative log-likelihood of these", xlabel="seconds of training")
-    for axes in panels:
-        axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-    panels[1].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7, ncol=2)
+    error.set(title="Error on 15,000 held-out training images", ylabel="%")
+    loss.set(title="Negative log-likelihood of these")
+    for axes in (error, loss):
+        axes.set(xscale="log", yscale="log", xlabel="seconds of training, two cores")
+        axes.grid(alpha=0.3, which="both")
+    for axes, ticks in ((error, (0.35, 0.4, 0.5, 0.6, 0.7, 0.8)), (loss, (0.014, 0.02, 0.03, 0.04))):
+        axes.minorticks_off()
+        axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
+    figure.legend(*error.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.machine import matmul_peak
 from noprop_lab.networks import load
-from noprop_lab.pictures import read_pictures
+from noprop_lab.pictures import asked, read_pictures
 from noprop_lab.settings import LabConfig
 
 ROOT = Path(noprop.__file__).parent
@@ -314,10 +314,10 @@ def answer(picture: Image.Image, model: noprop.NoProp, folder: str):
     """What the network sees of a picture, and class probabilities (N, classes); None where it is refused."""
     picture.save(path := Path(folder) / "picture.png", compress_level=1)
     try:
-        images = read_pictures(path, LabConfig())
+        views = read_pictures(path, LabConfig())
     except noprop.Failure:
         return None, None
-    return images, model.probabilities(images)[:, -1]
+    return views[0], asked(lambda images: model.probabilities(images)[:, -1], views)
 
 
 def keep(picture: Image.Image, images: torch.Tensor | None, folder: Path, name: str) -> None:
@@ -377,7 +377,7 @@ def exports() -> dict[str, float]:
             for image in test.images[:, 0].numpy():
                 Image.fromarray(image ^ np.uint8(flip)).save(path := Path(folder) / "picture.png")
                 images.append(read_pictures(path, LabConfig()))
-            said = model.predict(torch.cat(images))
+            said = model.predict(torch.cat(images).flatten(0, 1))
             accuracy = 100 * (said == test.labels).float().mean().item()
             found[name] = {"accuracy": accuracy, "differ": (said != expected).sum().item()}
     return found
@@ -388,7 +388,7 @@ import sys, time
 from pathlib import Path
 import skimage.filters, skimage.measure, skimage.morphology
 from noprop_lab.networks import load
-from noprop_lab.pictures import read_pictures
+from noprop_lab.pictures import asked, read_pictures
 from noprop_lab.settings import LabConfig
 
 def megabytes(name):
@@ -397,7 +397,7 @@ def megabytes(name):
 model, path = load(sys.argv[1]), Path(sys.argv[2])
 Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
 before, started = megabytes("VmRSS:"), time.perf_counter()
-model.probabilities(read_pictures(path, LabConfig()))
+asked(model.probabilities, read_pictures(path, LabConfig()))
 print(time.perf_counter() - started, megabytes("VmHWM:") - before)
 """  # of Linux
 

@@ -97,9 +97,9 @@ def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
     return {name: [summary_of(folder_of(flags, seed)) for seed in seeds] for name, flags in settings.items()}
 
 
-def write(mark: str, content: str) -> None:
-    """Put content into docs/evidence.md, between its marks."""
-    path, begin, end = DOCS / "evidence.md", f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+def write(mark: str, content: str, name: str = "evidence.md") -> None:
+    """Put content into a file of docs/, between its marks."""
+    path, begin, end = DOCS / name, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
     text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text(), flags=re.DOTALL)
     path.write_text(text)
 

@@ -24,7 +24,7 @@ from noprop_lab.data import class_folders, load_data
 from noprop_lab.early_exit import early_exit
 from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
-from noprop_lab.pictures import read_pictures
+from noprop_lab.pictures import asked, read_pictures
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions, WholeConfig
 
 USAGE = """usage: python -m noprop_lab COMMAND ...
@@ -224,7 +224,7 @@ def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
 
     names = config.classes or range(config.num_classes)
     read = partial(read_pictures, config=config)
-    return noprop.print_classes(probability, options.predict[1:], read, names)
+    return noprop.print_classes(partial(asked, probability), options.predict[1:], read, names)
 
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from noprop_example import Failure, NoProp, generator, reverse_steps, say
-from noprop_lab.early_exit import early_exit
-from noprop_lab.pictures import read_pictures
+from noprop_lab.pictures import asked, read_pictures
 from noprop_lab.settings import LabConfig
 
 TEXT = """# NoProp: the label emerges
@@ -64,13 +63,14 @@ def answer(model: NoProp, config: LabConfig, threshold: float, url: str, tempera
     if not url:
         return ""
     try:
-        images = read_pictures(file := io.BytesIO(b64decode(url.partition(",")[2])), config)
+        views = read_pictures(file := io.BytesIO(b64decode(url.partition(",")[2])), config)
     except Failure as failure:
         return f"<p>{escape(str(failure).replace(str(file), 'the picture'))}</p>"
     names = [escape(str(x)) for x in config.classes or range(config.num_classes)]
-    sure, blocks = early_exit(model, images[:1], threshold)  # which does not sample
-    leaves = int(blocks) if not temperature and sure.max() > threshold else 0
-    return chart(images, emerging(model, images, temperature, draw), names, leaves)
+    frames = asked(lambda images: emerging(model, images, temperature, draw), views)
+    sure = (frames[0].amax(-1) > threshold).nonzero()
+    leaves = int(sure[0]) + 1 if len(sure) and not temperature else 0  # early exit does not sample
+    return chart(views[0], frames, names, leaves)
 
 
 def show(ask, port: int) -> None:

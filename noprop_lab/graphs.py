@@ -26,13 +26,18 @@ class GraphState(LabState):
     """A state on a GPU whose steps graphed() replays; its checkpoints are like any other's."""
 
     graph: torch.cuda.CUDAGraph | None = None
+    fresh = property(lambda self: self.share)
 
-    def capture(self, step: Callable, image: Tensor, label: Tensor) -> None:
-        """Capture step(self, image, label, lr, parallel); leave all as it was. Batches keep their size."""
+    def hold(self, image: Tensor, label: Tensor) -> None:
+        """Make the buffers, for batches of that size, and the streams."""
         self.image, self.label = torch.empty_like(image), torch.empty_like(label)
-        self.rate, self.weight = (torch.zeros((), device=self.device) for _ in range(2))
+        self.rate, self.share = (torch.zeros((), device=self.device) for _ in range(2))
         self.drawn: dict[tuple[int, str], tuple[Callable, Tensor]] = {}
         self.streams = [torch.cuda.Stream(self.device) for _ in self.blocks]
+
+    def capture(self, step: Callable, image: Tensor, label: Tensor) -> None:
+        """Capture step(self, image, label, lr, parallel), and leave everything as it was."""
+        self.hold(image, label)
         before = {name: copy.deepcopy(State.part_state(self, name)) for name in self.parts}
         for *_, optimizer in self.holders.values():
             optimizer.param_groups[0]["capturable"] = True
@@ -67,7 +72,7 @@ class GraphState(LabState):
     def fill(self, image: Tensor, label: Tensor, lr: float) -> None:
         """Put what this step needs into the buffers that the graph reads."""
         self.image.copy_(image), self.label.copy_(label)
-        self.rate.fill_(lr), self.weight.fill_(1 - self.decay())
+        self.rate.fill_(lr), self.share.fill_(super().fresh)
         buffers, numbers = [], []
         for (t, purpose), (kind, buffer) in self.drawn.items():
             drawn = kind(buffer.shape, generator=generator(self.config.seed, purpose, t, self.step))
@@ -84,10 +89,6 @@ class GraphState(LabState):
         if (t, purpose) not in self.drawn:
             self.drawn[t, purpose] = kind, super().draw(t, purpose, shape, kind)
         return self.drawn[t, purpose][1]
-
-    def average(self, name: str) -> None:
-        averaged, weights = self.tensors[name]
-        torch._foreach_lerp_(averaged, weights, [self.weight] * len(averaged))
 
     def part_state(self, name: str) -> list[dict[str, Any]]:
         """State of a part, as a state without a graph has it."""

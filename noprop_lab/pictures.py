@@ -7,16 +7,19 @@ From a photograph to images like MNIST's (read_digits):
     without the lines of ruled and squared paper, and frames        without_lines
     connected strokes, put together to digits, from left to right   find_digits
     each thickened to MNIST's strokes, 20 pixels large, centred     like_mnist
+    each also turned to both sides                                  turned
 Lengths are fractions of the picture's longer side where they can be.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -28,6 +31,7 @@ SMALL = 300  # pixels, to which small ones are enlarged
 FAINT = 0.2  # of the light that ink takes away, at least: pencils take more, folds less
 BROAD = 0.68  # of the light, that ink of a broad stroke takes away: shadows on a photograph take less
 LOW = 0.45  # of the darkest ink's, what still belongs to a stroke that is darker elsewhere
+TURN = math.radians(12)  # by which noprop_example.augment() turns at most
 STROKE = 0.12  # width of a stroke, of a digit's size, to which thinner ones are thickened: MNIST's are so
 
 
@@ -42,13 +46,19 @@ def read_picture(path: Path, config: LabConfig) -> Tensor:
 
 
 def read_pictures(path: Path, config: LabConfig) -> Tensor:
-    """What there is to classify in a picture file, uint8 (N, C, H, W): of digits, all from left to right.
+    """What there is to classify in a picture file, uint8 (V, N, C, H, W): of digits, all from left to right.
 
-    Raises Failure for a file that can't be read, and where nothing looks like a digit.
+    There are V = 3 views of digits that were found on paper, see turned(); 1 of all else. Raises Failure for
+    a file that can't be read, and where nothing looks like a digit.
     """
     if config.dataset in ("mnist", "kmnist"):
         return read_digits(path, size=20 if config.dataset == "mnist" else 28)
-    return read_picture(path, config).unsqueeze(0)
+    return read_picture(path, config)[None, None]
+
+
+def asked(ask: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """ask(), class probabilities (N, ...) of images (N, C, H, W), in the mean of views (V, N, C, H, W)."""
+    return ask(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(0)
 
 
 # --- Files -------------------------------------------------------------------------------------------------
@@ -89,13 +99,14 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def read_digits(path: Path, size: int = 20) -> Tensor:
-    """The digits in a picture, from left to right, uint8 (N, 1, 28, 28), size pixels large. Raises Failure.
+    """The digits in a picture, from left to right, uint8 (3, N, 1, 28, 28), size pixels large, see turned().
 
-    A picture of 28 by 28 pixels whose ground is even is taken as it is: light on dark, as MNIST's own.
+    A picture of 28 by 28 pixels whose ground is even is taken as it is, (1, 1, 1, 28, 28): light on dark, as
+    MNIST's own. Raises Failure.
     """
     picture = open_upright(path)
     if picture.size == (28, 28) and (own := as_it_is(picture)) is not None:
-        return torch.from_numpy(own.copy())[None, None]
+        return torch.from_numpy(own.copy())[None, None, None]
     try:
         import skimage  # noqa: F401
     except ImportError as error:
@@ -103,7 +114,20 @@ def read_digits(path: Path, size: int = 20) -> Tensor:
     found = [like_mnist(x, size) for x in find_digits(picture)]
     if not found:
         raise Failure(f"{path} shows nothing that looks like a digit")
-    return torch.from_numpy(np.stack(found)).unsqueeze(1)
+    return turned(torch.from_numpy(np.stack(found)).unsqueeze(1))
+
+
+def turned(images: Tensor) -> Tensor:
+    """Views (3, N, 1, 28, 28), uint8: as they are, and turned to both sides as far as in training.
+
+    Whoever writes on paper has no upright grid, and a network that sees one view is too sure of it.
+    """
+    cos, sin = math.cos(TURN), math.sin(TURN)
+    theta = torch.tensor([[[cos, -sin, 0], [sin, cos, 0]], [[cos, sin, 0], [-sin, cos, 0]]])
+    theta = theta.repeat_interleave(len(images), 0)
+    grid = F.affine_grid(theta, [len(theta), *images.shape[1:]], align_corners=False)
+    sides = F.grid_sample(images.float().repeat(2, 1, 1, 1), grid, align_corners=False).round().byte()
+    return torch.cat([images, sides]).unflatten(0, (3, -1))
 
 
 def opaque(picture: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.fm import FMConfig
+from noprop_lab.graphs import GraphState
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
 
@@ -60,6 +61,33 @@ def test_no_tensor_is_left_behind_and_no_step_waits(name):
     model = state.averaged
     assert model(image, state.config.temperature, noprop.generator("inference")).device == META
     assert model.probabilities(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape[::2] == (5, 10)
+
+
+def test_what_a_graph_reads_is_what_each_step_draws(monkeypatch):
+    """Its buffers, filled for a step; on a CPU too, where nothing can be captured (tests/test_cuda.py)."""
+    state, other = (kind(LabConfig(**SIZES), noprop.CPU) for kind in (GraphState, LabState))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    image, label = torch.rand(16, 1, 28, 28), torch.arange(16) % 10
+    state.hold(image, label)
+    kinds = {"noise": (torch.randn, (16, 20)), "t": (torch.rand, (16,))}
+    buffers = {(t, x): state.draw(t, x, shape, kind) for t in (1, 3) for x, (kind, shape) in kinds.items()}
+    for state.step in (0, 7, 8):
+        other.step = state.step
+        state.fill(image, label, lr=0.25)
+        for (t, purpose), buffer in buffers.items():
+            kind, shape = kinds[purpose]
+            assert torch.equal(buffer, other.draw(t, purpose, shape, kind))
+            assert state.draw(t, purpose, shape, kind) is buffer
+        assert torch.equal(state.image, image) and torch.equal(state.label, label) and state.rate == 0.25
+        assert state.fresh.item() == torch.tensor(other.fresh).item()
+
+
+def test_a_checkpoint_of_graphs_says_what_any_other_says():
+    state = GraphState(LabConfig(**SIZES), noprop.CPU)
+    state.lr, group = 0.125, state.holders["classifier"][-1].param_groups[0]
+    group |= {"lr": torch.tensor(0.5), "capturable": True}
+    saved = state.part_state("classifier")[-1]["param_groups"][0]
+    assert (saved["lr"], saved["capturable"]) == (0.125, False) and group["capturable"]
 
 
 def test_what_a_gpu_would_refuse_is_refused():

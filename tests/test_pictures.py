@@ -12,7 +12,16 @@ from laboratory import contents, lab, refused
 from PIL import Image
 from test_properties import SAME, check_line, pictures
 
-from noprop_lab.pictures import ink_of, like_mnist, read_digits, read_picture, read_pictures, without_lines
+from noprop_lab.pictures import (
+    asked,
+    ink_of,
+    like_mnist,
+    read_digits,
+    read_picture,
+    read_pictures,
+    turned,
+    without_lines,
+)
 from noprop_lab.settings import LabConfig
 
 sys.path.insert(0, str(ROOT))
@@ -81,7 +90,7 @@ def test_predict_answers_as_evaluate_for_the_same_pixels(tmp_path, data, network
     path, seen = tmp_path / "digit.png", []
     for image in data.test.images[:150]:
         Image.fromarray(image[0].numpy() ^ np.uint8(flip)).save(path)
-        assert torch.equal(read_digits(path), image[None])
+        assert torch.equal(read_digits(path), image[None, None])  # in one view
         seen.append(noprop.read_digit(path))
         assert torch.equal(seen[-1], image) or image.max() < 255
     expected = network.probabilities(data.test.images[:150])[:, -1]
@@ -108,8 +117,8 @@ def test_digits_on_paper(tmp_path, data, network, name):
     for numbers in torch.arange(2 if group == 1 else 4).reshape(-1, group).tolist():
         picture = photos.drawn(name, numbers, data.val, np.random.default_rng([11, *numbers]))
         picture.save(path := tmp_path / "digits.png")
-        found = read_pictures(path, LabConfig())
-        assert network.predict(found).tolist() == data.val.labels[numbers].tolist()
+        found = asked(network.probabilities, read_pictures(path, LabConfig()))
+        assert found[:, -1].argmax(-1).tolist() == data.val.labels[numbers].tolist()
     if name in photos.NOTHING:
         photos.CONDITIONS[name]([], np.random.default_rng(4)).save(path)
         with pytest.raises(noprop.Failure, match="shows nothing that looks like a digit"):
@@ -138,6 +147,19 @@ def test_thin_strokes_become_as_wide_as_those_of_mnist():
     ink = np.zeros((200, 120), np.float32)
     ink[:, 2:4] = ink[196:198] = 1
     assert 2 < like_mnist(ink)[10].sum() / 255 < 3  # without it half a pixel
+
+
+def test_digits_on_paper_are_answered_in_the_mean_of_three_views(data):
+    """As PIL turns them, counter-clockwise and back; asked() keeps digit by digit apart."""
+    images = data.val.images[:4]
+    views = turned(images)
+    assert views.shape == (3, 4, 1, 28, 28) and torch.equal(views[0], images)
+    for view, degrees in zip(views[1:], (12, -12), strict=True):
+        for ours, image in zip(view[:, 0], images[:, 0], strict=True):
+            theirs = np.asarray(Image.fromarray(image.numpy()).rotate(degrees, Image.Resampling.BILINEAR))
+            assert abs(ours.numpy().astype(int) - theirs).max() <= 4
+    found = asked(lambda x: x.float().flatten(1).mean(1), views)
+    torch.testing.assert_close(found, views.float().mean((0, 2, 3, 4)))
 
 
 def test_what_predict_prints(tmp_path, data, capsys):
@@ -169,7 +191,7 @@ def test_kmnist_fills_its_images(tmp_path):
     pixels[50:150, 60:80] = pixels[130:150, 60:160] = 0
     Image.fromarray(pixels).save(path := tmp_path / "character.png")
     for dataset, size in (("mnist", 20), ("kmnist", 28)):
-        [[image]] = read_pictures(path, LabConfig(dataset=dataset))
+        [[image]] = read_pictures(path, LabConfig(dataset=dataset))[0]
         assert image.amax(1).count_nonzero() == image.amax(0).count_nonzero() == size
 
 
@@ -182,9 +204,8 @@ def test_any_picture_is_refused_or_becomes_digits(picture, tmp_path_factory):
     except noprop.Failure as failure:
         check_line(failure, "any")
         return
-    assert (
-        found.dtype == torch.uint8 and found.shape[1:] == (1, 28, 28) and found.flatten(1).amax(1).min() > 0
-    )
+    assert found.dtype == torch.uint8 and found.shape[2:] == (1, 28, 28) and len(found) in (1, 3)
+    assert found.flatten(2).amax(2).min() > 0
 
 
 # --- Clothes -----------------------------------------------------------------------------------------------
