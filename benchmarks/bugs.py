@@ -177,23 +177,23 @@ TRAINING = [
     ("the same augmentation every step", '"augment", state.step)', '"augment", 0)'),
     (
         "the same noise every step",
-        "generator(config.seed, purpose, t, state.step)",
-        'generator(config.seed, purpose, t, state.step * (purpose != "noise"))',
+        "generator(self.config.seed, purpose, t, self.step)",
+        'generator(self.config.seed, purpose, t, self.step * (purpose != "noise"))',
     ),
     (
         "the same dropout mask every step",
-        "generator(config.seed, purpose, t, state.step)",
-        'generator(config.seed, purpose, t, state.step * ("dropout" not in purpose))',
+        "generator(self.config.seed, purpose, t, self.step)",
+        'generator(self.config.seed, purpose, t, self.step * ("dropout" not in purpose))',
     ),
     (
         "the same noise for every block",
-        "generator(config.seed, purpose, t, state.step)",
-        "generator(config.seed, purpose, state.step)",
+        "generator(self.config.seed, purpose, t, self.step)",
+        "generator(self.config.seed, purpose, self.step)",
     ),
     (
         "the seed does not decide the noise",
-        "generator(config.seed, purpose, t, state.step)",
-        "generator(0, purpose, t, state.step)",
+        "generator(self.config.seed, purpose, t, self.step)",
+        "generator(0, purpose, t, self.step)",
     ),
     (
         "the embedding's gradient is the blocks' mean",
@@ -212,8 +212,8 @@ TRAINING = [
     ),
     (
         "the average does not warm up",
-        "decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))",
-        "decay = self.config.ema_decay",
+        "1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step))",
+        "1 - self.config.ema_decay",
     ),
     (
         "the embedding's norm is not clipped",
@@ -423,11 +423,7 @@ EARLY_EXIT = [
 
 BACKPROP = [
     ("twin: the loss of block 1", "logits = model(image)[:, -1]", "logits = model(image)[:, 0]"),
-    (
-        "twin: the same dropout mask every step",
-        "generator(config.seed, purpose, t, state.step)",
-        "generator(config.seed, purpose, t, 0)",
-    ),
+    ("twin: the same dropout mask in every block", "partial(state.draw, t)", "partial(state.draw, 1)"),
     (
         "twin: the embedding is never trained",
         'through_w = config.target == "classes" and config.learns_embedding',

@@ -252,9 +252,11 @@ def test_an_image_is_encoded_once_and_no_label_comes_near(kind, small_data):
     step = model.step
     model.step = lambda t, *more: steps.append(t) or step(t, *more)
     image = noprop.to_float(small_data.test.images[:20])
-    assert model(image).shape == (20, 1, 10) and len(calls) == 1
+    logits = model(image)
+    assert logits.shape == (20, 1, 10) and len(calls) == 1
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     model.step = step
+    assert torch.equal(logits, model(image, 0.0))  # as long as nobody asks for it, nothing is sampled
     for method in (model.forward, model.start, model.step, model.field, model.classify, model.encode):
         assert not {"label", "y", "labels", "u"} & set(inspect.signature(method).parameters)
     answers = noprop.Split(small_data.test.images, model.predict(small_data.test.images))

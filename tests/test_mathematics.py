@@ -105,6 +105,21 @@ def test_blocks_have_the_stated_sizes():
     assert sizes == pytest.approx({"small": 51_000, "deep": 129_000, "reference": 628_000}, rel=0.01)
 
 
+LAYERS = {  # (outputs, inputs, kernel) of convolutions, (outputs, inputs) of others, as docs and comments say
+    "small": [(16, 1, 5), (32, 16, 3), (64, 32, 3), (64, 256), (64, 20), (64, 128), (20, 64)],
+    "deep": [(24, 1, 5), (48, 24, 3), (48, 48, 3), (96, 48, 3), (96, 384), (64, 20), (96, 160), (20, 96)],
+    "reference": [(32, 1, 3), (64, 32, 3), (128, 64, 3), (256, 1152)]  # image
+    + [(256, 20), (256, 256), (256, 512), (128, 256), (20, 128)],  # label, head
+}
+
+
+@pytest.mark.parametrize("size", LAYERS)
+def test_the_layers_of_a_block(size):
+    block = noprop.DenoisingBlockPaper((1, 28, 28), 20, 10, noprop.SIZES[size])
+    weights = [x.weight.shape for x in block.modules() if isinstance(x, nn.Conv2d | nn.Linear)]
+    assert [(*shape[:2], *shape[2:3]) for shape in weights] == LAYERS[size]
+
+
 @pytest.mark.parametrize("num_blocks", [1, 2, 60])
 def test_any_number_of_blocks(num_blocks, data):
     model = network(num_blocks).eval()

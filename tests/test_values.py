@@ -12,7 +12,7 @@ from torch import nn
 
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
-from noprop_lab.dt import DTConfig
+from noprop_lab.dt import Dropout, DTConfig, PaperBlock
 from noprop_lab.networks import LabState
 
 # --- Learning rate, order, draws ---------------------------------------------------------------------------
@@ -109,9 +109,12 @@ def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(kind, small_dat
     assert masks[0] == masks[1] and len(set(masks[0])) == 2 * 2 * 3
 
 
-def test_dropout_scales_what_it_keeps():
-    from noprop_lab.dt import Dropout
+def test_the_papers_block_drops_a_fifth():
+    layers = [x.p for x in PaperBlock((1, 28, 28), 20, 10).modules() if isinstance(x, Dropout)]
+    assert layers == [0.2, 0.2, 0.2]
 
+
+def test_dropout_scales_what_it_keeps():
     layer = Dropout(0.2)
     layer.draw = lambda shape, kind: torch.linspace(0, 0.999, 1000).view(shape)
     out = layer(torch.ones(1000))
