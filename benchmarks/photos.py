@@ -425,7 +425,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="digits a condition, a multiple of 4")
     parser.add_argument("--blank", type=int, default=100, help="pictures without a digit a condition")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=tuple(CONDITIONS), help="one condition, and no results file")
+    parser.add_argument("--only", choices=tuple(CONDITIONS), help="one condition, beside the others' results")
     parser.add_argument(
         "--save", type=Path, metavar="DIR", help="keep the pictures, and what the network sees"
     )
@@ -448,6 +448,10 @@ def main() -> None:
             share = f"{100 * rows[name]['blank refused'] / args.blank:.0f}" if empty else ""
             print(f"| {name} | {100 * right / args.count:.1f} | {sure} | {refused} | {share} |", flush=True)
     if args.only:
+        if args.split == "test":
+            kept = json.loads(RESULTS.read_text())
+            kept.setdefault("by itself", {})[args.only] = {"digits": args.count, **rows[args.only]}
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
         return
     clean, twelve, peak = exports(), large(args.seed), matmul_peak()
     for name, found in clean.items():
