@@ -826,10 +826,10 @@ def read_checkpoint(path: str | Path, kinds: tuple[type[Config], ...] = (Config,
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch writes checksums, and does not look at them
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        known = content["format"]
+        known = (content := torch.load(path, map_location="cpu", weights_only=True))["format"]
     except Exception as error:  # a damaged file can raise anything here
-        raise Failure(f"cannot read {path}: it is no checkpoint of this script, or damaged") from error
+        reason = getattr(error, "strerror", None) or "it is no checkpoint of this script, or damaged"
+        raise Failure(f"cannot read {path}: {reason}") from error
     if damaged or known != FORMAT:
         raise Failure(f"{path} is damaged, or of another version of this script ({known}): train again")
     try:
@@ -999,16 +999,14 @@ def say(*words, file=None, **more) -> None:
 
 @contextmanager
 def caught_signals() -> Iterator[Callable[[], int]]:
-    """A function that tells the number of the SIGINT, SIGTERM or SIGHUP that has come, or 0.
-
-    A second one does what it would have done without this: it leaves at once. A thread gets none.
-    """
+    """A function that tells the number of the SIGINT, SIGTERM, SIGHUP that has come, or 0. Threads get 0."""
     received: list[int] = []
     with ExitStack() as restore:
 
         def note(number: int, _frame) -> None:
             received.append(number)
-            restore.close()
+            if len(received) > 1:  # `timeout` sends two; a third leaves at once, as it would without this
+                restore.close()
 
         hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none, and nohup ignores it
         ignored = signal.getsignal(hang_up) == signal.SIG_IGN
@@ -1029,7 +1027,8 @@ def pick_device(options: Options) -> torch.device:
         (probe := torch.zeros(1, device=name)).item()
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Failure(f"--device {name} can't be used here: {Failure(error)}") from error
+        code = 2 if "device string" in str(error) else 1  # a name that there is not; a machine without it
+        raise Failure(f"--device {name} can't be used here: {Failure(error)}", code) from error
 
 
 def made_with(device: torch.device) -> dict[str, str]:
@@ -1263,7 +1262,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
 # Flags that are the lab's, by its command.
 TRAIN = ["objective", "dataset", "image-size", "classes", "classify", "blocks", "embedding-from", "merge"]
-TRAIN += ["preset paper", "block paper", "embedding onehot", "embedding prototype"]
+TRAIN += ["graphs", "preset paper", "block paper", "embedding onehot", "embedding prototype"]
 SEARCH = ["hpo-storage", "hpo-timeout", "hpo-objective", "hpo-final-run", "no-hpo-final-run"]
 MOVED = dict.fromkeys(TRAIN, "train") | dict.fromkeys(SEARCH, "search") | {"early-exit": "evaluate"}
 COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
@@ -1364,10 +1363,9 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
 
 def print_accuracy(model: NoProp, found: dict[str, Any], images: int) -> None:
     """The test accuracy of the network's answers, see NoProp.by_average; found: what evaluate() found."""
-    accuracy, more = found["accuracy"][-1], ""
-    if model.by_average:
-        more = f" by the blocks' average, {accuracy:.2f} % by the last block"
-        accuracy = found["average_accuracy"]
+    last, average = found["accuracy"][-1], model.by_average
+    accuracy = found["average_accuracy"] if average else last
+    more = f" by the blocks' average, {last:.2f} % by the last block" if average else ""
     say(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, images):.2f} %{more}.")
 
 

@@ -55,7 +55,8 @@ def read_command_line(
     command: str, arguments: list[str]
 ) -> tuple[LabConfig, LabOptions, dict[str, Any] | None]:
     """Flags win over --config, over --preset, over a data set's settings; or over what a checkpoint holds."""
-    read = partial(noprop.read_flags, prog=f"python -m noprop_lab {command}")
+    files = {"evaluate": " CHECKPOINT", "predict": " CHECKPOINT PICTURES ..."}.get(command, "")
+    read = partial(noprop.read_flags, prog=f"python -m noprop_lab {command}{files}")
     if {"--help", "-h"} & set(arguments):
         plain = [x for x in arguments if x not in ("--help", "-h")]
         read(["--help"], CONFIGS[read(plain, LabOptions, rest=[]).get("objective", "hybrid")], LabOptions)
@@ -245,7 +246,9 @@ def merge(arguments: list[str]) -> int:
     """Put separately trained blocks together, evaluate, write all files; returns the exit code."""
     rest: list[str] = []
     options = LabOptions(
-        **noprop.read_flags(arguments, LabOptions, prog="python -m noprop_lab merge", rest=rest)
+        **noprop.read_flags(
+            arguments, LabOptions, prog="python -m noprop_lab merge CHECKPOINTS ...", rest=rest
+        )
     )
     names = ("preset", "config", "resume", "objective", "dataset", "blocks", "embedding_from", "graphs")
     flags = [f"--{x.replace('_', '-')}" for x in names if getattr(options, x) != getattr(LabOptions, x)]
@@ -285,8 +288,10 @@ def execute(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit code."""
     command, *rest = arguments or ["--help"]
     if command not in ("train", "evaluate", "predict", "merge", "search", "weights", "demo"):
-        say(USAGE, file=sys.stdout if command in ("--help", "-h") else sys.stderr)
-        return 0 if command in ("--help", "-h") else 2
+        helps = command in ("--help", "-h")
+        say("" if helps else f"error: {command} is no command\n", end="", file=sys.stderr)
+        say(USAGE, file=sys.stdout if helps else sys.stderr)
+        return 0 if helps else 2
     with parallel.processes(), told_once():
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")

@@ -182,7 +182,7 @@ class LabOptions(Options):
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise Failure("early_exit goes with evaluate or predict")
         if self.graphs and (self.evaluate or self.predict):
-            raise Failure("graphs are of training: leave them out")
+            raise Failure("--graphs is of training: leave it out")
         if self.blocks and (self.run_hpo or self.evaluate or self.predict):
             raise Failure(f"search, evaluate and predict take all blocks, not {self.blocks} alone")
 

@@ -144,6 +144,7 @@ def test_a_config_of_the_wrong_type_is_refused():
 
 MOVED = {
     "--objective dt": "train --objective dt",
+    "--graphs": "train --graphs",
     "--dataset=fashion_mnist": "train --dataset fashion_mnist",
     "--image-size 32": "train --image-size 32",
     "--classes a b": "train --classes a b",

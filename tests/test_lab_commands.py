@@ -177,6 +177,10 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("merge a b --preset paper", "merge takes no --preset"),
         ("merge --objective dt a b", "merge takes no --objective"),
         ("merge a b --resume", "merge takes no --resume"),
+        ("merge a b --graphs", "merge takes no --graphs"),
+        ("evaluate F --graphs", "--graphs is of training"),
+        ("predict F a.png --graphs", "--graphs is of training"),
+        ("evaluate none.pt", "cannot read none.pt: No such file"),
     ],
 )
 def test_what_is_refused_is_named(arguments, word, tmp_path, monkeypatch, capsys):
@@ -188,10 +192,21 @@ def test_what_is_refused_is_named(arguments, word, tmp_path, monkeypatch, capsys
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_the_machine_lacks_is_exit_code_1(tmp_path, capsys):
+    for arguments in (["train", "--graphs"], ["search", "--graphs"], ["train", "--device", "cuda"]):
+        refused(capsys, 1, [*arguments, f"--output-dir={tmp_path}"], arguments[1])
+    refused(capsys, 2, ["train", "--device", "no"], "--device no can't be used here")
+
+
 def test_help_and_usage(capsys):
     assert lab.main([]) == lab.main(["--help"]) == 0
     assert "merge CHECKPOINTS" in capsys.readouterr().out
-    assert lab.main(["fly"]) == 2 and "merge CHECKPOINTS" in capsys.readouterr().err
+    assert lab.main(["fly"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: fly is no command\nusage: ") and "merge CHECKPOINTS" in errors
+    assert lab.main(["predict", "--help"]) == 0
+    assert "noprop_lab predict CHECKPOINT PICTURES ... [flags]" in capsys.readouterr().out
     assert lab.main(["train", "--objective", "dt", "--help"]) == 0
     assert "--early-exit" in capsys.readouterr().out
 
