@@ -268,7 +268,7 @@ def ablation(seeds: range) -> Rows:
 
 def cheaper(_seeds: range) -> Rows:
     """Is NoProp cheaper? Activations kept for the backward pass, and time of a step (benchmarks/speed.py)."""
-    newest = max(RESULTS.glob("speed-*.json"), key=lambda path: path.stat().st_mtime)
+    newest = max(RESULTS.glob("speed-*-cores.json"), key=lambda path: path.stat().st_mtime)
     found = json.loads(newest.read_text())
     rows: Rows = {}
     for key, value in found.items():
@@ -323,7 +323,7 @@ def draw(rows: Rows, title: str):
     axes = figure.subplots()
     if not column:
         measured = {name: row for name, row in rows.items() if "MiB, T = 1" in row}
-        for (name, row), marker in zip(measured.items(), "os^v", strict=True):
+        for (name, row), marker in zip(measured.items(), "os^Dv", strict=True):
             memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
             ratio = next(value for column, [value] in row.items() if "÷" in column)
             label = f"{name} (time of a step at T = 10: {ratio:.2f})"
