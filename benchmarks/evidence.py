@@ -329,6 +329,7 @@ def draw(rows: Rows, title: str):
             label = f"{name} (time of a step at T = 10: {ratio:.2f})"
             axes.plot(memory.keys(), memory.values(), marker=marker, label=label)
         axes.set(xscale="log", yscale="log", xlabel="blocks T", ylabel="MiB kept for the backward pass")
+        axes.set_ylim(top=1500)  # room for the legend
         axes.set_xticks(list(memory), list(memory))
         axes.legend(frameon=False)
     for y, (name, row) in enumerate(rows.items() if column else ()):
