@@ -25,11 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
+from benchmarks.control import averaged
 from benchmarks.machine import matmul_peak
 from benchmarks.seeds import DOCS, mean, write
-from noprop_lab.__main__ import step_of
+from noprop_lab.__main__ import kind_and_step
 from noprop_lab.backprop import BackpropConfig
-from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
 
@@ -46,6 +46,14 @@ class Setting(NamedTuple):
     block: str  # of SIZES
     count: int  # of blocks, or of networks
     epochs: int
+
+    def key(self, seed: int) -> str:
+        """Under which the results of a seed are kept."""
+        return "-".join(map(str, (*self, seed)))
+
+    def untimed(self) -> str:
+        """The same for any number of epochs: under which the seconds of a step are kept."""
+        return "-".join(map(str, self[:3]))
 
     def configs(self, seed: int) -> list[LabConfig]:
         """Of the one chain, or of each network."""
@@ -85,9 +93,7 @@ def keep(path: Path, results) -> None:
 
 def fit(config: LabConfig, data: noprop.Data, device: torch.device, measured: bool) -> LabState:
     """Train a network; measured: every epoch is, to select one, else the last is taken."""
-    kind, step = (
-        (GraphState, graphed(step_of(config))) if device.type == "cuda" else (LabState, step_of(config))
-    )
+    kind, step = kind_and_step(config, device.type == "cuda", device)
 
     class Unmeasured(kind):
         def measure(self, data: noprop.Data, parallel) -> dict:
@@ -112,8 +118,7 @@ def answers(setting: Setting, seed: int, data: noprop.Data, device: torch.device
         state = fit(replace(config, select="last"), data, device, measured=False)
         found.append(log_probabilities(state.averaged, data.val.images))
     log_p, label = torch.cat(found, 1), data.val.labels.cpu()
-    average = log_p.logsumexp(1) - np.log(log_p.shape[1])
-    return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(average, label)}
+    return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(averaged(log_p), label)}
 
 
 def held_out(data: noprop.Data) -> noprop.Data:
@@ -129,10 +134,10 @@ def train(device: torch.device) -> None:
     rows, started = read(ROWS), time.perf_counter()
     right = dict(np.load(ANSWERS)) if ANSWERS.exists() else {}
     jobs = [(x, seed) for seed in range(max(SEEDS.values())) for x, n in SEEDS.items() if seed < n]
-    jobs = [(x, seed) for x, seed in jobs if f"{'-'.join(map(str, x))}-{seed}" not in rows]
+    jobs = [(x, seed) for x, seed in jobs if x.key(seed) not in rows]
     work = [x.count * x.epochs * (4 if x.block == "deep" else 1) for x, _ in jobs]
     for done, (setting, seed) in enumerate(jobs, start=1):
-        name, row = f"{'-'.join(map(str, setting))}-{seed}", {}
+        name, row = setting.key(seed), {}
         for which, kept in answers(setting, seed, data, device).items():
             by_image, losses = intervals.right_and_loss(kept)
             row[which] = {"accuracy": by_image.mean(), "loss": losses.mean()}
@@ -151,7 +156,7 @@ def final(device: torch.device, seeds: int = 5) -> None:
     for seed in range(seeds):
         for name in RULES:
             setting = chosen(name)
-            if (key := f"{name}-{'-'.join(map(str, setting))}-{seed}") in rows:
+            if (key := f"{name}-{setting.key(seed)}") in rows:
                 continue
             [config] = setting.configs(seed)
             state = fit(config, data._replace(test=None), device, measured=True)
@@ -169,7 +174,7 @@ def times(rounds: int = 3) -> None:
     for setting in kinds:
         states = [LabState(config) for config in setting.configs(0)]
         batch = speed.random_batch(states[0].config.batch_size)
-        contestants["-".join(map(str, setting[:3]))] = speed.side_by_side(states, batch)
+        contestants[setting.untimed()] = speed.side_by_side(states, batch)
     measured = speed.interleaved(contestants, rounds)
     found = {name: statistics.median(x) / speed.STEPS for name, x in measured.items()}
     found["matmul peak, GFLOP/s"] = matmul_peak()
@@ -186,7 +191,7 @@ def chosen(name: str) -> Setting:
     rows = read(ROWS)
 
     def accuracy(setting: Setting) -> float:
-        names = [f"{'-'.join(map(str, setting))}-{seed}" for seed in range(SEEDS[setting])]
+        names = [setting.key(seed) for seed in range(SEEDS[setting])]
         return statistics.mean(rows[x]["alone"]["accuracy"] for x in names if x in rows)
 
     return max(RULES[name], key=accuracy)
@@ -195,7 +200,7 @@ def chosen(name: str) -> Setting:
 def rightly(setting: Setting, which: str = "alone") -> np.ndarray:
     """What resampled() takes, of which only right and wrong is kept: (seeds, 1, 2, N)."""
     with np.load(ANSWERS) as kept:
-        names = [f"{'-'.join(map(str, setting))}-{seed}-{which}" for seed in range(SEEDS[setting])]
+        names = [f"{setting.key(seed)}-{which}" for seed in range(SEEDS[setting])]
         right = np.stack([np.unpackbits(kept[x]) for x in names]).astype(float)
     return np.stack([np.zeros_like(right), right - 1], 1)[:, None]
 
@@ -211,7 +216,7 @@ def compared(one: Setting, other: Setting) -> str:
 
 def seconds_of(setting: Setting, by_step: dict[str, float], images: int = 55_000) -> float:
     """Seconds of training on so many images, of 512 a step."""
-    return by_step["-".join(map(str, setting[:3]))] * setting.epochs * (images // 512)
+    return by_step[setting.untimed()] * setting.epochs * (images // 512)
 
 
 def name_of(setting: Setting) -> str:
@@ -225,7 +230,7 @@ def report() -> int:
     columns = "", "epochs", "seeds", "accuracy", "of the mean", "nll", "of the mean", "seconds"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):
-        found = [rows[f"{'-'.join(map(str, setting))}-{seed}"] for seed in range(seeds)]
+        found = [rows[setting.key(seed)] for seed in range(seeds)]
         cells = [[x[a][b] for x in found] for b in ("accuracy", "loss") for a in ("alone", "mean")]
         table[setting] = [statistics.mean(x) for x in cells]
         text = [mean(x, d).removesuffix(" ± nan") for x, d in zip(cells, (2, 2, 4, 4), strict=True)]

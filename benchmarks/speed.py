@@ -33,10 +33,9 @@ import noprop_example as noprop
 from benchmarks.machine import matmul_peak
 from noprop_example import Config, State
 from noprop_lab import backprop
-from noprop_lab.__main__ import step_of
+from noprop_lab.__main__ import kind_and_step
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
-from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
 
@@ -125,26 +124,26 @@ def times(step: Callable[[], object]) -> Callable[[], None]:
     return steps
 
 
-def noprop_steps(state: State, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """A call that makes STEPS steps of the script's own training, blocks side by side."""
+def pooled(step: Callable[[Callable], object]) -> Callable[[], None]:
+    """A call of STEPS steps, each of which gets a map() for what it makes side by side."""
 
     def steps() -> None:
         with noprop.workers(DEVICE, THREADS) as pool:
-            times(lambda: train_step(state, *batch, pool))()
+            times(partial(step, pool))()
 
     return steps
+
+
+def noprop_steps(state: State, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """A call that makes STEPS steps of the script's own training, blocks side by side."""
+    return pooled(lambda pool: train_step(state, *batch, pool))
 
 
 def side_by_side(states: list[State], batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     """noprop_steps() of one state; of several, twins, a call that makes STEPS steps of all, side by side."""
     if len(states) == 1:
         return noprop_steps(states[0], batch)
-
-    def steps() -> None:
-        with noprop.workers(DEVICE, THREADS) as pool:
-            times(lambda: list(pool(lambda state: train_step(state, *batch), states)))()
-
-    return steps
+    return pooled(lambda pool: list(pool(lambda state: train_step(state, *batch), states)))
 
 
 def twin_of(name: str, **changes) -> LabState:
@@ -152,13 +151,18 @@ def twin_of(name: str, **changes) -> LabState:
     return LabState(preset(name, backprop.BackpropConfig, **changes), DEVICE)
 
 
+def end_step(twin: State) -> None:
+    """What follows a backward pass of the twin."""
+    for name in twin.parts.keys() - {"label_embedding"}:
+        twin.update(name, 1e-3)
+    twin.step += 1
+
+
 def accumulated_step(twin: State, image: Tensor, label: Tensor, parts: int) -> None:
     """A step of the twin, its gradient accumulated over so many parts of the batch."""
     for x, y in zip(image.chunk(parts), label.chunk(parts), strict=True):
         F.cross_entropy(twin.model(x)[:, -1], y).mul(len(y) / len(label)).backward()
-    for name in twin.parts.keys() - {"label_embedding"}:
-        twin.update(name, 1e-3)
-    twin.step += 1
+    end_step(twin)
 
 
 def checkpointed_step(twin: State, image: Tensor, label: Tensor) -> None:
@@ -167,9 +171,7 @@ def checkpointed_step(twin: State, image: Tensor, label: Tensor) -> None:
     for t in range(1, twin.config.num_blocks + 1):
         u_hat, z = checkpoint(twin.model.step, t, image, z, use_reentrant=True)
     F.cross_entropy(twin.model.classify(u_hat, z), label).backward()
-    for name in twin.parts.keys() - {"label_embedding"}:
-        twin.update(name, 1e-3)
-    twin.step += 1
+    end_step(twin)
 
 
 # --- Parts -------------------------------------------------------------------------------------------------
@@ -222,11 +224,10 @@ def graphs(rounds: int = 5) -> None:
         batch, contestants = random_batch(config.batch_size), {}
         for precision in ("float32", "bfloat16"):
             now = replace(config, precision=precision)
-            for kind, wrap in ((LabState, lambda x: x), (GraphState, graphed)):
-                state, call = kind(now, DEVICE), wrap(step_of(now))
-                contestants[f"{precision}{', graphs' * (kind is GraphState)}"] = times(
-                    partial(call, state, *batch, 1e-3)
-                )
+            for graph in (False, True):
+                kind, call = kind_and_step(now, graph, DEVICE)
+                contestant = times(partial(call, kind(now, DEVICE), *batch, 1e-3))
+                contestants[precision + ", graphs" * graph] = contestant
         measured = interleaved(contestants, rounds)
         first = statistics.median(next(iter(measured.values())))
         for key, values in measured.items():

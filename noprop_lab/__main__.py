@@ -170,16 +170,14 @@ def train(
             raise Failure("--graphs puts all blocks on one GPU: start it without torchrun")
         state = parallel.SharedState(config, device, data, embedding)
         return parallel.run(state, data, options, content, end_of(config))
-    kind, step = kind_and_step(config, options, device)
+    kind, step = kind_and_step(config, options.graphs, device)
     state = kind(config, device, data, embedding)
     return noprop.run(state, data, options, content, step, end=end_of(config))
 
 
-def kind_and_step(
-    config: LabConfig, options: LabOptions, device: torch.device
-) -> tuple[type[LabState], Callable]:
-    """What holds a run, and makes its steps."""
-    if not options.graphs:
+def kind_and_step(config: LabConfig, graphs: bool, device: torch.device) -> tuple[type[LabState], Callable]:
+    """What holds a run, and makes its steps. Raises Failure (1) for graphs without an NVIDIA GPU."""
+    if not graphs:
         return LabState, step_of(config)
     if device.type != "cuda":
         raise Failure(f"--graphs takes an NVIDIA GPU, and this run is on {device}: leave it out", 1)
@@ -230,7 +228,7 @@ def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """One worker of a search, then a run with the best settings; returns the exit code."""
-    kind, step = kind_and_step(config, options, device)
+    kind, step = kind_and_step(config, options.graphs, device)
     data = load_data(config, options.data_root, device)
 
     def new_state(config: LabConfig) -> LabState:

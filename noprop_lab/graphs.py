@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from noprop_example import State, generator, send
+from noprop_example import State
 from noprop_lab.networks import LabState
 
 WARM_UP = 3  # steps that are run before one is captured, and undone: libraries choose and allocate in these
@@ -38,9 +38,9 @@ class GraphState(LabState):
     def capture(self, step: Callable, image: Tensor, label: Tensor) -> None:
         """Capture step(self, image, label, lr, parallel), and leave everything as it was."""
         self.hold(image, label)
-        before = {name: copy.deepcopy(State.part_state(self, name)) for name in self.parts}
         for *_, optimizer in self.holders.values():
             optimizer.param_groups[0]["capturable"] = True
+        before = {name: copy.deepcopy(State.part_state(self, name)) for name in self.parts}
         self.fill(image, label, 0.0)
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
@@ -51,7 +51,6 @@ class GraphState(LabState):
         for name, (*modules, optimizer) in before.items():
             made = self.holders[name][-1].state_dict()["state"]  # which a graph must find there
             optimizer["state"] = optimizer["state"] or tree_map_only(Tensor, torch.zeros_like, made)
-            optimizer["param_groups"][0]["capturable"] = True
             self.load_part_state(name, [*modules, optimizer])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -73,16 +72,8 @@ class GraphState(LabState):
         """Put what this step needs into the buffers that the graph reads."""
         self.image.copy_(image), self.label.copy_(label)
         self.rate.fill_(lr), self.share.fill_(super().fresh)
-        buffers, numbers = [], []
         for (t, purpose), (kind, buffer) in self.drawn.items():
-            drawn = kind(buffer.shape, generator=generator(self.config.seed, purpose, t, self.step))
-            if drawn.is_cpu:
-                buffers, numbers = [*buffers, buffer], [*numbers, drawn.flatten()]
-            else:  # dropout, which a GPU draws itself
-                buffer.copy_(drawn)
-        if buffers:  # sent as one
-            sent = send(torch.cat(numbers), self.device).split([len(x) for x in numbers])
-            torch._foreach_copy_(buffers, [x.view(y.shape) for x, y in zip(sent, buffers, strict=True)])
+            buffer.copy_(super().draw(t, purpose, buffer.shape, kind))
 
     def draw(self, t: int, purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
         """The buffer of these numbers, which in the first step of the warm-up is made."""

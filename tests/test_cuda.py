@@ -94,7 +94,7 @@ def test_a_graph_is_the_step_that_it_captured(name, gpu, images):
 @pytest.mark.parametrize("name", ["hybrid", "dropout", "dt", "ct"])
 def test_runs_repeat_and_resume_exactly(name, graphs, gpu, images):
     config = CONFIGS[name]()
-    kind, step = (GraphState, graphed(lab.step_of(config))) if graphs else (LabState, lab.step_of(config))
+    kind, step = lab.kind_and_step(config, graphs, gpu)
     first, again = (trained(kind, config, gpu, images, step, 16) for _ in range(2))
     resumed = trained(kind, config, gpu, images, step, 16, resume_at=7)
     assert torch.equal(weights_of(first), weights_of(again))
@@ -105,7 +105,7 @@ def test_runs_repeat_and_resume_exactly(name, graphs, gpu, images):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_step_waits(name, graphs, gpu, images):
     config = CONFIGS[name]()
-    kind, step = (GraphState, graphed(lab.step_of(config))) if graphs else (LabState, lab.step_of(config))
+    kind, step = lab.kind_and_step(config, graphs, gpu)
     state = trained(kind, config, gpu, images, step, 4)
     records = noprop.train(state, images, step, steps_too=True)
     next(records)  # which puts the order of images on the GPU, and waits
