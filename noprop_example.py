@@ -1092,7 +1092,7 @@ def summary_of(state: State, val: dict, test: dict, images: int, started: float)
     return found | {"seconds_total": time.perf_counter() - started, "history": state.history}
 
 
-def finish(state: State, data: Data, options: Options, started: float) -> int:
+def finish(state: State, data: Data, options: Options, started: float, draw=draw_denoising) -> int:
     """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0.
 
     The blocks' average answers from then on if on validation images its cross-entropy is lower: the last
@@ -1117,7 +1117,7 @@ Blocks' average  {test["average_accuracy"]:.2f} % (of the class probabilities of
 Time             {state.seconds:.0f} s of training, {summary["seconds_total"]:.0f} s in all, on {state.device}
 Files            {", ".join(x.name for x in files)} in {options.output_dir.resolve()}""")
         failed = picture(draw_progress, files[2], summary)
-        return failed | picture(draw_denoising, files[3], model, data.test)
+        return failed | picture(draw, files[3], model, data.test)
 
 
 def run(state, data: Data, options: Options, content=None, step=train_step, agreed=None, end=finish) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import noprop_example as noprop
 from noprop_example import Failure, NoProp, say
-from noprop_lab import backprop, dt, flows, parallel, parts
+from noprop_lab import backprop, cascade, dt, flows, parallel, parts
 from noprop_lab import demo as drawing
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data
@@ -162,10 +162,8 @@ def train(
     data = load_data(config, options.data_root, device)
     _, size = parallel.rank_and_size()
     if size > 1:
-        if isinstance(config, WholeConfig):
-            raise Failure(f"{config.objective} trains one network as a whole: start it without torchrun")
-        if isinstance(config, dt.DTConfig) and config.updates == "each":
-            raise Failure("blocks that take turns can't train side by side: torchrun takes --updates last")
+        if config.together:
+            raise Failure(f"{config.together}: start it without torchrun")
         if options.graphs:
             raise Failure("--graphs puts all blocks on one GPU: start it without torchrun")
         state = parallel.SharedState(config, device, data, embedding)
@@ -189,12 +187,16 @@ def step_of(config: LabConfig) -> Callable:
         return flows.train_step
     if isinstance(config, dt.DTConfig) and config.updates == "each":
         return dt.train_step
+    if isinstance(config, cascade.CascadeConfig):
+        return cascade.train_step
     return backprop.train_step if isinstance(config, backprop.BackpropConfig) else noprop.train_step
 
 
 def end_of(config: LabConfig) -> Callable:
     if isinstance(config, flows.FlowConfig):
         return flows.finish
+    if isinstance(config, cascade.CascadeConfig):
+        return partial(noprop.finish, draw=cascade.draw_answers)
     return parts.end_of_part if config.blocks else noprop.finish
 
 
@@ -275,8 +277,8 @@ def demo(arguments: list[str]) -> int:
     options = DemoOptions(**given)
     content = read_checkpoint(options.checkpoint)
     config, device = content["config"], noprop.pick_device(LabOptions(device=options.device))
-    if isinstance(config, flows.FlowConfig):
-        raise Failure(f"the demo shows a chain of blocks, and {config.objective} has none")
+    if isinstance(config, flows.FlowConfig | cascade.CascadeConfig):
+        raise Failure(f"the demo shows a chain of denoising blocks, and {config.objective} has none")
     model = network_of(content, options.checkpoint, device)
     drawing.show(partial(drawing.answer, model, config, options.early_exit), options.port)
     return 0

@@ -47,13 +47,12 @@ class DTConfig(LabConfig):
     updates: Literal["each", "last"] = "each"  # that hold CE and KL: each block's, in turn; the last block's
 
     WITHOUT_EFFECT = ("lambda_global",)
+    together = property(lambda self: "blocks take turns without --updates last" * (self.updates == "each"))
 
     def __post_init__(self):
         super().__post_init__()
         if self.eta_loss_weight == 0:
             raise Failure("the weight of the blocks' loss is 0: they would learn nothing")
-        if self.blocks and self.updates == "each":
-            raise Failure("blocks that take turns can't be trained apart: --blocks takes --updates last")
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> DTConfig:

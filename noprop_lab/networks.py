@@ -13,13 +13,15 @@ from torch import Tensor, nn
 import noprop_example as noprop
 from noprop_example import CPU, SIZES, Data, DenoisingBlockPaper, Failure, NoProp, State
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import Cascade, CascadeConfig, cascade_blocks
 from noprop_lab.ct import CT, CTConfig, CTFlow, NoiseSchedule
 from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, image_block, prototypes
 from noprop_lab.flows import FlowBlock, FlowConfig
 from noprop_lab.fm import FM, FMConfig, FMFlow
 from noprop_lab.settings import LabConfig
 
-CONFIGS = {kind.objective: kind for kind in (LabConfig, DTConfig, CTConfig, FMConfig, BackpropConfig)}
+KINDS = (LabConfig, DTConfig, CTConfig, FMConfig, BackpropConfig, CascadeConfig)
+CONFIGS = {kind.objective: kind for kind in KINDS}
 OBJECTIVES = {DTConfig: DT, CTConfig: CT, FMConfig: FM}
 
 
@@ -39,6 +41,8 @@ def build(config: LabConfig, device=CPU, content: dict[str, Any] | None = None) 
         return noprop.build(config, device, content, block, CTFlow if ct else FMFlow)
     kind = ReadsZ if config.classify == "z" else NoProp
     block = PaperBlock if config.block == "paper" else partial(DenoisingBlockPaper, size=SIZES[config.block])
+    if isinstance(config, CascadeConfig):
+        return noprop.build(config, device, content, cascade_blocks(block, config.hand_on), Cascade)
     block = partial(image_block, block) if config.embedding == "prototype" else block
     return noprop.build(config, device, content, block, kind)
 

@@ -12,6 +12,7 @@ import torch
 
 import noprop_example as noprop
 from noprop_example import Data, Failure, Options, State, say
+from noprop_lab.cascade import CascadeConfig
 from noprop_lab.flows import FlowConfig
 from noprop_lab.networks import LabState, read_checkpoint
 from noprop_lab.settings import LabConfig
@@ -38,8 +39,9 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
         raise Failure("merge takes two checkpoints at least")
     started, contents = time.perf_counter(), [read_checkpoint(path) for path in paths]
     configs = [content["config"] for content in contents]
-    if whole := [x.objective for x in configs if isinstance(x, FlowConfig)]:
-        raise Failure(f"{whole[0]} trains one network as a whole: there is nothing to merge")
+    for config in configs:
+        if isinstance(config, FlowConfig | CascadeConfig):
+            raise Failure(f"{config.together}: there is nothing to merge")
     check_parts(paths, contents, configs)
     whole, config = contents[0], replace(configs[0], blocks=None)
     for part, other in zip(contents[1:], configs[1:], strict=True):

@@ -56,6 +56,7 @@ class LabConfig(Config):
 
     WITHOUT_EFFECT = ()  # settings that the objective does not know
     FREE = ("temperature", "weights")  # that each evaluation may change
+    together = ""  # why its blocks can't be trained apart
 
     def __post_init__(self):
         """Raises Failure for what does not go together."""
@@ -75,6 +76,8 @@ class LabConfig(Config):
         for field in fields(self):
             if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
                 raise Failure(f"{field.name} has no effect on this objective: leave it out")
+        if self.blocks and self.together:
+            raise Failure(f"{self.together}: leave out blocks")
         if self.blocks and not self.own_blocks:  # which refuses what can't be read
             raise Failure(f"blocks must name blocks, not {self.blocks}")
 
@@ -134,10 +137,7 @@ class WholeConfig(LabConfig):
     # Objective
     step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.blocks:
-            raise Failure(f"{self.objective} trains one network as a whole: leave out blocks")
+    together = property(lambda self: f"{self.objective} trains one network as a whole")
 
     @contextmanager
     def threads_of_step(self, device: torch.device) -> Iterator[None]:
@@ -157,7 +157,7 @@ class LabOptions(Options):
 
     # Used most
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
-    objective: Literal["hybrid", "dt", "ct", "fm", "backprop"] | None = None  # dt, ct, fm: the paper's
+    objective: Literal["hybrid", "dt", "ct", "fm", "backprop", "cascade"] | None = None  # paper: dt, ct, fm
     dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
     graphs: bool = False  # on an NVIDIA GPU: replay each training step as one CUDA graph, which is faster
     # Parts of a network

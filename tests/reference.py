@@ -142,6 +142,25 @@ class Trainer:
                     average[name] = d * average[name] + (1 - d) * part[name].detach()
 
 
+class CascadeTrainer(Trainer):
+    """Cross-entropy of each block's logits; z is what earlier blocks make of the image, as mere numbers."""
+
+    def step(self, x: Tensor, y: Tensor, lr: float, hand_on: str) -> None:
+        """One step on images x and labels y."""
+        z, answers = x.new_zeros(len(x), 1 if hand_on == "features" else 10), []
+        for p in self.parts[: self.blocks]:
+            h = code(p, x)
+            logits = f(p, h, z)
+            F.cross_entropy(logits, y).backward()
+            answers.append(logits.detach().softmax(1))
+            if hand_on == "features":
+                z = torch.cat([z, h.detach()], 1)
+            if hand_on == "label":
+                z = sum(answers) / len(answers)
+        self.update(lr, None)
+        self.k += 1
+
+
 def gamma(p: dict[str, Tensor], t: Tensor) -> Tensor:
     """γ of a single t, with g a network of positive weights beside a straight line."""
     w, v, b = (p[f"schedule.{name}"] for name in "wvb")

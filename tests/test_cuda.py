@@ -10,6 +10,7 @@ from conftest import noprop
 from noprop_lab import __main__ as lab
 from noprop_lab import parallel
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import CascadeConfig
 from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.fm import FMConfig
@@ -31,6 +32,7 @@ CONFIGS = {
     "ct": lambda: CTConfig(steps=3, **QUICK),
     "fm": lambda: FMConfig(steps=3, **QUICK),
     "backprop": lambda: BackpropConfig(num_blocks=3, **QUICK),
+    "cascade": lambda: CascadeConfig(num_blocks=3, **QUICK),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 import noprop_example as noprop
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import CascadeConfig
 from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
@@ -44,6 +45,7 @@ STATES = {
     "ct": lambda: LabState(CTConfig(batch_size=16, steps=3), META),
     "fm": lambda: LabState(FMConfig(batch_size=16, steps=3), META),
     "backprop": lambda: LabState(BackpropConfig(**SIZES), META),
+    "cascade": lambda: LabState(CascadeConfig(**SIZES), META),
 }
 
 

@@ -12,6 +12,7 @@ from laboratory import contents, flags_of, lab, quick_lab, refused, untrained
 
 from noprop_lab import parts, search
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import CascadeConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.networks import CONFIGS, load
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions
@@ -143,9 +144,14 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
     [
         ("train --objective dt --lambda-global 2", "lambda_global has no effect on this objective"),
         ("train --objective dt --eta-loss-weight 0", "learn nothing"),
-        ("train --objective dt --embedding fixed --blocks 1-2", "--blocks takes --updates last"),
+        (
+            "train --objective dt --embedding fixed --blocks 1-2",
+            "blocks take turns without --updates last: leave out blocks",
+        ),
         ("train --objective backprop --eta-loss-weight 1", "eta_loss_weight has no effect on this objective"),
         ("train --objective backprop --blocks 1 --embedding fixed", "backprop trains one network as a whole"),
+        ("train --objective cascade --blocks 1", "blocks of a cascade learn from those before them"),
+        ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
         ("train --objective backprop --classify z", "backprop trains all blocks as one"),
         ("train --objective backprop --step-threads 0", "step_threads must be at least 1"),
         ("train --objective backprop --preset paper", "--preset paper is a setting of --objective dt"),
@@ -287,6 +293,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
         LabConfig(num_blocks=2, classify="z"),
         DTConfig(num_blocks=2),
         BackpropConfig(num_blocks=2),
+        CascadeConfig(num_blocks=2, hand_on="label"),
     ],
 )
 def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):

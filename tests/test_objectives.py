@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CPU, TINY, noprop, same
-from laboratory import contents, equal, flags_of, lab, quick_lab, refused, tiny
+from laboratory import contents, equal, flags_of, lab, quick_lab, refused, tiny, untrained
 from torch import nn
 
-from noprop_lab import backprop, dt
+from noprop_lab import backprop, cascade, dt
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import CascadeChain, CascadeConfig
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import LabState, load
@@ -244,11 +245,55 @@ def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):
     assert lab.main(["evaluate", str(path), "--threads=1"]) == 0
 
 
-# --- Both --------------------------------------------------------------------------------------------------
+# --- Cascade -----------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_cascade(small_data):
+    one, two = (tiny(small_data, CascadeConfig(**TINY), threads) for threads in (1, 2))
+    assert same(one.model.state_dict(), two.model.state_dict())
+
+
+def test_a_block_that_fails_leaves_none_waiting(batch):
+    state = LabState(CascadeConfig(**TINY))
+    with noprop.workers(CPU, 2) as parallel, pytest.raises(RuntimeError, match="size"):
+        cascade.train_step(state, batch[0][:, :, :20], batch[1], 1e-3, parallel)
+
+
+@pytest.mark.parametrize("hand_on", ["features", "label", "nothing"])
+def test_a_cascade_reads_what_its_blocks_hand_on(hand_on, batch):
+    """And is drawn as the mean answer of the blocks so far."""
+    model, answers = LabState(CascadeConfig(**TINY, hand_on=hand_on)).averaged, []
+    image, z = batch[0], torch.zeros(128, 1 if hand_on == "features" else 10)
+    for block in model.blocks:
+        code = block.image(image)
+        answers.append(block.head(torch.cat([code, block.label(z)], 1)).softmax(-1))
+        if hand_on == "features":
+            z = torch.cat([z, code], 1)
+        if hand_on == "label":
+            z = sum(answers) / len(answers)
+    torch.testing.assert_close(model.probabilities(image), torch.stack(answers, 1))
+    chain = CascadeChain(model)
+    drawn = [chain.start(image, 1.0, None)]
+    for t in range(1, 4):
+        drawn.append(chain.step(t, image, drawn[-1], 1.0, None)[1])
+    means = [sum(answers[:t]) / t for t in range(1, 4)]
+    found = noprop.classes_in(torch.stack(drawn, 1), chain.label_embedding.weight, chain.alpha_bar)
+    torch.testing.assert_close(found, torch.stack([torch.full((128, 10), 0.1), *means], 1))
+
+
+def test_what_a_cascade_is_not_for(tmp_path, capsys):
+    path = str(untrained(tmp_path, CascadeConfig(num_blocks=2)))
+    refused(capsys, 2, ["merge", path, path], "learn from those before them: there is nothing to merge")
+    refused(capsys, 2, ["demo", path], "the demo shows a chain of denoising blocks, and cascade has none")
+
+
+# --- All three ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [DTConfig(**TINY), BackpropConfig(**TINY, step_threads=1)])
+@pytest.mark.parametrize(
+    "config", [DTConfig(**TINY), BackpropConfig(**TINY, step_threads=1), CascadeConfig(**TINY)]
+)
 def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
     exact = tiny(small_data, config)
     config = replace(config, precision="bfloat16")
@@ -261,7 +306,7 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dt", "backprop"])
+@pytest.mark.parametrize("objective", ["dt", "backprop", "cascade"])
 def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, objective, capsys):
     flags = ["train", *flags_of(tmp_path, f"--objective={objective}", "--threads=1", epochs=2)]
     assert lab.main(flags) == 0

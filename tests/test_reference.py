@@ -9,6 +9,7 @@ from conftest import noprop
 
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import CascadeConfig
 from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.fm import FMConfig
@@ -80,6 +81,21 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
     same_weights(slow, state)
     rows = state.model.label_embedding.weight.norm(dim=1)
     assert (rows <= reference.MAX_NORM + 1e-12).all() == (learned and name != "backprop")
+
+
+@pytest.mark.parametrize("hand_on", ["features", "label", "nothing"])
+def test_three_steps_of_a_cascade_are_those_of_the_equations(hand_on, data):
+    settings = {name: x for name, x in SETTINGS.items() if name not in CascadeConfig.WITHOUT_EFFECT}
+    state = LabState(CascadeConfig(**settings, hand_on=hand_on))
+    slow = reference.CascadeTrainer(state.model.state_dict(), "cascade", False, True)
+    for k, lr in enumerate((0.003, 0.01, 0.002)):
+        rows = slice(64 * k, 64 * (k + 1))
+        image, label = data.train.images[rows].double() / 255, data.train.labels[rows]
+        slow.step(image, label, lr, hand_on)
+        results = step_of(state.config)(state, image, label, lr)
+        state.step += 1
+        assert min(norm for _, norm in results.values()) > reference.CLIP
+    same_weights(slow, state)
 
 
 @pytest.mark.parametrize("embedding", ["learned", "fixed"])
