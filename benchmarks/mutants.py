@@ -3,10 +3,13 @@
     python benchmarks/mutants.py                        both kinds; hours
     python benchmarks/mutants.py bugs --only resume     one kind, and of it those with a word in their name
     python benchmarks/mutants.py operators --list       what would be planted
+    python benchmarks/mutants.py operators --only ... --tests tests/test_search.py      by all tests of a file
 
 Plants each in a temporary copy of the project, and runs there tests that reach its line, up to the first
 failure: those that run the fewest lines, as they are about these, and BUDGET seconds of them (for a bug of
-meaning three times that). What each test reaches is found out before, under coverage.py. Left out are changes
+meaning three times that). What each test reaches is found out before, under coverage.py, which does not see
+into processes that a test starts: for what survives because of that, or of the budget, there is --tests.
+Left out are changes
 that can't matter, by their kind: a string that is equal made one that comes before or after; -1 made 1 as an
 argument (a dimension: the last of two); arguments in SILENT, on which no result depends. What is known is
 kept in runs/mutants.jsonl, below the current folder, so that a stopped call goes on; where sources or tests
@@ -301,24 +304,47 @@ class Reach:
 
 
 def statement(source: str, line: int) -> int:
-    """First line of the innermost statement that a line belongs to."""
-    around = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.stmt)]
+    """First line of the innermost statement that a line belongs to; of a function's head, one of its body."""
+    for node in ast.walk(tree := ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(x.lineno for x in node.decorator_list)])
+            if first <= line < node.body[0].lineno:
+                return node.body[-1].lineno  # the first is a docstring, which is not run
+    around = [x for x in ast.walk(tree) if isinstance(x, ast.stmt)]
     return max((x.lineno for x in around if x.lineno <= line <= x.end_lineno), default=line)
 
 
-def tests_of(base: Path, mutant: Mutant, reach: Reach) -> list[str]:
+def naming(base: Path, words: set[str]) -> set[str]:
+    """The files of tests, and the tests in them, whose source has one of the words: file::name each."""
+    found = set()
+    for path in base.glob("tests/test_*.py"):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and words & set(
+                re.findall(r"\w+", ast.get_source_segment(source, node))
+            ):
+                found.add(f"tests/{path.name}::{node.name}")
+    return found
+
+
+def tests_of(base: Path, mutant: Mutant, reach: Reach, files: list[str]) -> list[str]:
     """The tests that could notice a mutant, as far as BUDGET goes: a likely file's, then those of few lines.
 
     A test that runs few lines of the project is about those; a whole command runs most of them. A line that
     no test runs by itself, such as the default of a setting, is read when the file is imported, and all tests
-    could notice it.
+    could notice it: first those that name what the line names. files: of which all tests are taken instead.
     """
-    line = statement((base / mutant.file).read_text(encoding="utf-8"), mutant.line)
+    if files:
+        return [x for x in reach.seconds if x.split("::")[0] in files]
+    source = (base / mutant.file).read_text(encoding="utf-8")
+    line = statement(source, mutant.line)
     likely = [f"tests/test_{name}.py" for start, name in LIKELY.items() if mutant.name.startswith(start)]
     first = [x for x in reach.seconds if x.split("::")[0] in likely]
-    rest = set(reach.lines.get((mutant.file, line)) or reach.seconds) - set(first)
+    rest, named = set(reach.lines.get((mutant.file, line)) or reach.seconds) - set(first), set()
+    if (mutant.file, line) not in reach.lines:
+        named = naming(base, set(re.findall(r"\w{4,}", source.split("\n")[mutant.line - 1].split("#")[0])))
     chosen, left = [], BUDGET * (3 if mutant.kind == "bugs" else 1)
-    for test in sorted(rest, key=lambda x: (reach.width[x], x)):
+    for test in sorted(rest, key=lambda x: (x.split("[")[0] not in named, reach.width[x], x)):
         if reach.seconds[test] <= left:
             chosen.append(test)
             left -= reach.seconds[test]
@@ -370,10 +396,10 @@ def keep(entry: dict) -> dict:
     return entry
 
 
-def try_all(base: Path, mutants: list[Mutant], jobs: int) -> list[dict]:
-    """The result of each mutant, from the file or by running the tests."""
+def try_all(base: Path, mutants: list[Mutant], jobs: int, only: list[str]) -> list[dict]:
+    """The result of each mutant, from the file or by running the tests; only: of these files all tests."""
     project, old, folders = project_digest(base), known(), queue.Queue()
-    keys = [digest(project, BUDGET, x.kind, x.name, x.file, x.source) for x in mutants]
+    keys = [digest(project, only or BUDGET, x.kind, x.name, x.file, x.source) for x in mutants]
     missing = [(key, mutant) for key, mutant in zip(keys, mutants, strict=True) if key not in old]
     files = sorted(str(path.relative_to(base)) for path in base.glob("tests/test_*.py"))
     unread = [(key, file) for file in files if (key := digest(project, "reach", file)) not in old]
@@ -392,7 +418,7 @@ def try_all(base: Path, mutants: list[Mutant], jobs: int) -> list[dict]:
         return {"key": key, "outcome": "reach of", "name": file} | in_a_copy(reach_of, file)
 
     def job(key: str, mutant: Mutant) -> dict:
-        tests = tests_of(base, mutant, reach)
+        tests = tests_of(base, mutant, reach, only)
         found = in_a_copy(outcome_of, mutant, tests, sum(reach.seconds[x] for x in tests))
         about = {"kind": mutant.kind, "name": mutant.name, "stratum": mutant.stratum, "file": mutant.file}
         about |= {"line": mutant.line, "diff": difference(base, mutant), "tests": len(tests)}
@@ -459,13 +485,13 @@ def execute(base: Path, arguments: argparse.Namespace) -> None:
     copy_project(base)
     mutants = planted(base) if arguments.kind != "operators" else []
     mutants += sampled(base, arguments.sample, arguments.seed) if arguments.kind != "bugs" else []
-    mutants = [mutant for mutant in mutants if arguments.only in mutant.name]
+    mutants = [mutant for mutant in mutants if any(x in mutant.name for x in arguments.only)]
     if arguments.list:
         for mutant in mutants:
             print(f"{mutant.stratum:<16} {mutant.name}  {difference(base, mutant)}")
         return
-    found = report(try_all(base, mutants, arguments.jobs))
-    if not arguments.kind and not arguments.only:
+    found = report(try_all(base, mutants, arguments.jobs, arguments.tests))
+    if not arguments.kind and arguments.only == [""]:
         write(*found, arguments)
 
 
@@ -475,7 +501,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="copies of the project that run tests at once")
     parser.add_argument("--sample", type=int, default=300, help="mutants of the operators")
     parser.add_argument("--seed", type=int, default=0, help="of that sample")
-    parser.add_argument("--only", default="", help="those with this text in their name")
+    parser.add_argument("--only", nargs="+", default=[""], help="those with such a text in their name")
+    parser.add_argument("--tests", nargs="+", default=[], help="files of which all tests are run")
     parser.add_argument("--list", action="store_true", help="plant nothing")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

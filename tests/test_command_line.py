@@ -123,6 +123,15 @@ def test_presets_and_flags():
     assert read("--preset=accurate") == noprop.Config.accurate() and noprop.Config.accurate().block == "deep"
 
 
+def test_the_reference_preset_is_the_recipe_of_its_description():
+    found = noprop.Config.reference()
+    described = dict(epochs=100, patience=15, num_blocks=10, embed_dim=20, target="noise", weights="ddpm")
+    described |= dict(eta_loss_weight=2, lambda_global=1, lr=0.01, schedule="cosine", eta_min=1e-6)
+    described |= dict(weight_decay=1e-3, embed_wd=1e-7, max_norm_embed=50, grad_clip=1, embedding="learned")
+    described |= dict(ema_decay=0, augment=False, batch_size=128, block="reference", temperature=0)
+    assert {name: getattr(found, name) for name in described} == described
+
+
 def test_the_defaults_are_those_that_the_documents_and_the_network_in_the_repository_have():
     content = noprop.read_checkpoint(ROOT / "noprop_lab/weights/mnist.pt")
     assert content["config"] == noprop.Config()

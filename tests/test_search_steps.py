@@ -44,6 +44,14 @@ def test_a_trial_reports_its_epochs_and_is_pruned_before_its_last_one_only(small
             run(Trial(), small_data, 1, cost=lambda record, value=value: value)
 
 
+def test_a_signal_ends_a_trial_after_the_step_not_after_the_epoch(small_data):
+    state, trial = noprop.State(noprop.Config(num_blocks=1, batch_size=128, epochs=1)), Trial()
+    signals = iter([0, 15])
+    with pytest.raises(SystemExit) as stop:
+        noprop.short_training(trial, state, small_data, noprop.Options(threads=1), lambda: next(signals))
+    assert stop.value.code == 143 and state.step == 2 and not trial.reported
+
+
 def test_a_trial_without_an_epoch_has_a_line():
     trial = create_trial(state=TrialState.FAIL, params={}, distributions={})
     assert "fail: validation loss nan, nan % after epoch 0;" in noprop.trial_line(trial)

@@ -1,0 +1,175 @@
+"""A chain that earns its keep? Cascades beside as many plain CNNs averaged, on Fashion-MNIST.
+
+    python benchmarks/cascade.py --data-root DIR          train what is missing; DIR has the four files
+    python benchmarks/cascade.py --seeds 3 --folds 4      so many of each arm: the decision
+    python benchmarks/cascade.py --report                 the tables, from benchmarks/results/cascade*
+
+The 60,000 training images are cut into four folds; a network is trained on three, and answers the fourth: no
+test image is read. All arms have blocks of one size, 12 epochs, the same images, augmentation and averaging,
+and the learning rate that control.py found for the CNNs. A chain that is cut after t blocks is a chain of t
+blocks, as no block learns from later ones: so every length is measured at once.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import noprop_example as noprop
+from benchmarks import intervals
+from benchmarks.control import averaged, rates
+from benchmarks.frontier import fit, keep, log_probabilities, read
+from benchmarks.machine import matmul_peak
+from benchmarks.seeds import mean, write
+from noprop_lab.backprop import BackpropConfig
+from noprop_lab.cascade import CascadeConfig
+from noprop_lab.data import load_data
+from noprop_lab.settings import LabConfig
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = RESULTS / "cascade.json"
+CNNS, FOLDS, T = "plain CNNs", 4, 10
+ARMS = {
+    "cascade of features": "features",
+    "cascade of answers": "label",
+    "blocks that see nothing": "nothing",
+}
+LENGTHS = (1, 2, 4, 8, 10)
+
+
+def configs(arm: str, seed: int, lr: float) -> list[LabConfig]:
+    """Of the one chain, or of each network."""
+    recipe = dict(dataset="fashion_mnist", lr=lr, select="last")
+    if arm in ARMS:
+        return [CascadeConfig(seed=seed, hand_on=ARMS[arm], num_blocks=T, **recipe)]
+    seeds = range(100 * (seed + 1), 100 * (seed + 1) + T)
+    return [BackpropConfig(seed=x, num_blocks=1, step_threads=1, **recipe) for x in seeds]
+
+
+def fold_of(data: noprop.Data, fold: int) -> noprop.Data:
+    """Three quarters of all training images, and the other one in place of validation images."""
+    both = [torch.cat(x) for x in zip(data.train, data.val, strict=True)]
+    inside = torch.arange(len(both[1])) % FOLDS == fold  # both are in a random order
+    return noprop.Data(
+        *(noprop.Split(*(x[rows] for x in both)) for rows in (~inside, inside)), None, data.augment
+    )
+
+
+def answers(arm: str, seed: int, lr: float, data: noprop.Data) -> tuple[torch.Tensor, int]:
+    """log p of the held-out images after every block, or of every network, (N, T, classes); the weights."""
+
+    def one(config: LabConfig) -> tuple[torch.Tensor, int]:
+        state = fit(config, data, noprop.CPU, measured=False)
+        weights = sum(x.numel() for block in state.model.blocks for x in block.parameters())
+        return log_probabilities(state.averaged, data.val.images), weights
+
+    chosen = configs(arm, seed, lr)
+    with noprop.workers(noprop.CPU, 2) as parallel:  # a chain shares out its blocks itself
+        found = list((parallel if len(chosen) > 1 else map)(one, chosen))
+    return torch.cat([log_p for log_p, _ in found], 1), sum(weights for _, weights in found)
+
+
+def train(given: argparse.Namespace) -> None:
+    """Train what is missing; keep accuracy and loss by length, and each image's answer."""
+    data = load_data(LabConfig(dataset="fashion_mnist"), given.data_root)
+    lr = rates("fashion_mnist", data, 2)["cnns"]
+    jobs = [
+        (arm, fold, seed)
+        for seed in range(given.seeds)
+        for fold in range(given.folds)
+        for arm in (*ARMS, CNNS)
+    ]
+    jobs = [job for job in jobs if "-".join(map(str, job)) not in read(ROWS)]
+    for done, (arm, fold, seed) in enumerate(jobs, start=1):
+        part, started = fold_of(data, fold), time.perf_counter()
+        log_p, weights = answers(arm, seed, lr, part)
+        row = {"seconds": time.perf_counter() - started, "weights": weights, "lr": lr, "peak": matmul_peak()}
+        means = {t: averaged(log_p[:, :t]) for t in LENGTHS}
+        kept = {f"mean-{t}": intervals.packed(x, part.val.labels) for t, x in means.items()}
+        kept["last"] = intervals.packed(log_p[:, -1], part.val.labels)
+        for name, x in kept.items():
+            right, loss = intervals.right_and_loss(x)
+            row[name] = {"accuracy": right.mean(), "loss": loss.mean()}
+        name = f"{arm}-{fold}-{seed}"
+        np.savez_compressed(
+            RESULTS / f"cascade-{name.replace(' ', '_')}.npz", mean=kept[f"mean-{T}"], at_8=kept["mean-8"]
+        )
+        keep(ROWS, read(ROWS) | {name: row})
+        noprop.say(f"{name}: {row[f'mean-{T}']}, {row['seconds']:.0f} s; {done} of {len(jobs)}")
+
+
+def kept_of(arm: str, fold: int, seeds: int, name: str = "mean") -> np.ndarray:
+    """What packed() kept, of the seeds of a fold, (seeds, 1, 2, N)."""
+    paths = [RESULTS / f"cascade-{arm.replace(' ', '_')}-{fold}-{seed}.npz" for seed in range(seeds)]
+    return np.stack([np.load(path)[name] for path in paths])[:, None]
+
+
+def apart(arm: str, name: str, folds: int, seeds: int) -> list[str]:
+    """Accuracy and loss of an arm less those of ten CNNs, with intervals over seeds and images."""
+    texts = []
+    for which, digits in ((0, 2), (1, 4)):
+        drawn = []
+        for fold in range(folds):
+            rows = {"NoProp": kept_of(arm, fold, seeds, name), CNNS: kept_of(CNNS, fold, seeds)}
+            found = intervals.resampled(rows, which)
+            drawn.append(found["NoProp"] - found[CNNS])
+        texts.append(intervals.interval(np.mean(drawn, 0), digits))
+    return texts
+
+
+def report() -> int:
+    """Print the tables, and put them into docs/evidence.md."""
+    rows = read(ROWS)
+    done = [tuple(map(int, name.rsplit("-", 2)[1:])) for name in rows if name.startswith(CNNS)]
+    done = [(fold, seed) for fold, seed in done if all(f"{arm}-{fold}-{seed}" in rows for arm in ARMS)]
+    folds, seeds = (1 + max(x[i] for x in done) for i in (0, 1))
+    columns = [
+        "",
+        *(f"{t} blocks" if t > 1 else "1 block" for t in LENGTHS),
+        "the last alone",
+        "nll of ten",
+        "weights",
+        "seconds",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm in (*ARMS, CNNS):
+        found = [rows[f"{arm}-{fold}-{seed}"] for fold, seed in done]
+        cells = [mean([x[f"mean-{t}"]["accuracy"] for x in found]) for t in LENGTHS]
+        cells += [
+            mean([x["last"]["accuracy"] for x in found]),
+            mean([x[f"mean-{T}"]["loss"] for x in found], 4),
+        ]
+        cells += [f"{found[0]['weights']:,}", f"{np.median([x['seconds'] for x in found]):.0f}"]
+        lines.append(f"| {arm} | {' | '.join(x.removesuffix(' ± nan') for x in cells)} |")
+    lines += ["", f"| less ten {CNNS} | accuracy | nll |", "|---|---|---|"]
+    for arm in ARMS:
+        for name, title in (("mean", f"mean of {T} blocks"), ("at_8", "mean of 8 blocks")):
+            lines.append(f"| {arm}, {title} | {' | '.join(apart(arm, name, folds, seeds))} |")
+    peaks = [x["peak"] for x in rows.values()]
+    lines += [
+        "",
+        f"Folds: {folds}, seeds: {seeds}. Matmul peak {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s.",
+    ]
+    noprop.say(text := "\n".join(lines))
+    write("cascade", text)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
+    parser.add_argument("--folds", type=int, default=1, choices=range(1, FOLDS + 1))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_args()
+    if not given.report:
+        train(given)
+    return report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
