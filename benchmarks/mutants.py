@@ -306,25 +306,24 @@ class Reach:
 def statement(source: str, line: int) -> int:
     """First line of the innermost statement that a line belongs to; of a function's head, one of its body."""
     for node in ast.walk(tree := ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(x.lineno for x in node.decorator_list)])
-            if first <= line < node.body[0].lineno:
-                return node.body[-1].lineno  # the first is a docstring, which is not run
+            if first <= line < node.body[0].lineno:  # a function's first is a docstring, which is not run
+                return node.body[-1].lineno if isinstance(node, ast.FunctionDef) else node.lineno
     around = [x for x in ast.walk(tree) if isinstance(x, ast.stmt)]
     return max((x.lineno for x in around if x.lineno <= line <= x.end_lineno), default=line)
 
 
 def naming(base: Path, words: set[str]) -> set[str]:
-    """The files of tests, and the tests in them, whose source has one of the words: file::name each."""
-    found = set()
+    """Tests, file::name, whose source has one of the words, but for those that a tenth of all tests have."""
+    found = {}
     for path in base.glob("tests/test_*.py"):
         source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and words & set(
-                re.findall(r"\w+", ast.get_source_segment(source, node))
-            ):
-                found.add(f"tests/{path.name}::{node.name}")
-    return found
+        for node in filter(lambda x: isinstance(x, ast.FunctionDef), ast.parse(source).body):
+            text = ast.get_source_segment(source, node)
+            found[f"tests/{path.name}::{node.name}"] = set(re.findall(r"\w+", text))
+    rare = {word for word in words if 10 * sum(word in x for x in found.values()) < len(found)}
+    return {name for name, x in found.items() if rare & x}
 
 
 def tests_of(base: Path, mutant: Mutant, reach: Reach, files: list[str]) -> list[str]:
@@ -342,7 +341,8 @@ def tests_of(base: Path, mutant: Mutant, reach: Reach, files: list[str]) -> list
     first = [x for x in reach.seconds if x.split("::")[0] in likely]
     rest, named = set(reach.lines.get((mutant.file, line)) or reach.seconds) - set(first), set()
     if (mutant.file, line) not in reach.lines:
-        named = naming(base, set(re.findall(r"\w{4,}", source.split("\n")[mutant.line - 1].split("#")[0])))
+        lines = [source.split("\n")[x - 1].split("#")[0] for x in (mutant.line, line)]
+        named = naming(base, set(re.findall(r"\w{4,}", " ".join(lines))))
     chosen, left = [], BUDGET * (3 if mutant.kind == "bugs" else 1)
     for test in sorted(rest, key=lambda x: (x.split("[")[0] not in named, reach.width[x], x)):
         if reach.seconds[test] <= left:

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, noprop, same
@@ -257,6 +258,8 @@ def test_an_image_is_encoded_once_and_no_label_comes_near(kind, small_data):
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     model.step = step
     assert torch.equal(logits, model(image, 0.0))  # as long as nobody asks for it, nothing is sampled
+    z = torch.randn(20, 20)
+    assert torch.equal(step(1, image, z)[1], step(1, image, z, 0.0)[1])
     for method in (model.forward, model.start, model.step, model.field, model.classify, model.encode):
         assert not {"label", "y", "labels", "u"} & set(inspect.signature(method).parameters)
     answers = noprop.Split(small_data.test.images, model.predict(small_data.test.images))
@@ -357,6 +360,26 @@ def test_a_run_that_is_resumed_is_the_same_bit_for_bit(kind, small_data, tmp_pat
     assert same(whole.selected, second.selected)
 
 
+# --- Pictures ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_picture_of_a_run_shows():
+    """Accuracy by number of steps in place of blocks, and for CT the schedule in place of the rate."""
+    losses = dict(block_losses=[2], classifier_loss=5, val_accuracy=90, test_accuracy=91, lr=0.1)
+    summary = dict(objective="ct", history=[losses], test_images=400, config={"steps": 10})
+    summary |= dict(test_accuracy=98.0, test_accuracy_by_steps={1: 97.0, 10: 98.0})
+    schedule = bent(NoiseSchedule(0.02, 0.9), 1, 1.0).requires_grad_(False)
+    figure = flows.draw_progress(summary, schedule)
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["network", "classifier: cross-entropy"]
+    [bars] = figure.axes[1].containers
+    assert (list(bars[0].get_xdata()), list(bars[0].get_ydata())) == ([1, 10], [97.0, 98.0])
+    t = torch.linspace(0, 1, 101)
+    for line, values in zip(figure.axes[3].lines, (schedule(t)[0], 10 * schedule.alpha_bar(t)), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), t)
+        np.testing.assert_allclose(line.get_ydata(), values, rtol=1e-5)
+
+
 # --- Commands ----------------------------------------------------------------------------------------------
 
 
@@ -401,6 +424,7 @@ def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, cap
         ("--objective fm --draws 0", "draws must be at least 1"),
         ("--objective ct --alpha-bar-start 0.9 --alpha-bar-end 0.1", "alpha_bar_start must be well below"),
         ("--objective ct --alpha-bar-end 1", "alpha_bar_start must be well below"),
+        ("--objective ct --alpha-bar-start 0", "alpha_bar_start must be well below"),
         ("--objective ct --eta-loss-weight 0", "it would learn nothing"),
         ("--objective ct --sigma 1", "sigma"),
         ("--objective hybrid --steps 3", "steps"),

@@ -1,10 +1,11 @@
 """Blocks are trained alone: no gradient, no clip, no random number and no thread connects them."""
 
 import copy
+import threading
 
 import pytest
 import torch
-from conftest import TINY, noprop, same, train_tiny
+from conftest import CPU, TINY, noprop, same, train_tiny
 
 
 @pytest.fixture
@@ -81,6 +82,14 @@ def test_a_block_sees_the_same_noise_level_in_training_and_in_inference(training
 def test_the_number_of_threads_changes_no_bit(small_data):
     one, three = (train_tiny(small_data, threads) for threads in (1, 3))
     assert same(one.averaged.state_dict(), three.averaged.state_dict())
+
+
+def test_as_many_blocks_are_trained_at_once_as_there_are_threads():
+    meeting = threading.Barrier(2, timeout=30)
+    with noprop.workers(CPU, 2) as parallel:  # which a map, one after another, would break
+        assert sorted(parallel(lambda _: meeting.wait(), range(2))) == [0, 1]
+    with noprop.workers(CPU, 1) as parallel:
+        assert set(parallel(lambda _: threading.get_ident(), range(2))) == {threading.get_ident()}
 
 
 def test_a_large_gradient_of_one_block_does_not_shrink_the_step_of_another(batch):

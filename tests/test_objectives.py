@@ -78,6 +78,11 @@ def test_the_estimate_is_a_mean_of_the_embeddings(kind):
         torch.testing.assert_close(shares.sum(0), torch.ones(4).double())
 
 
+def test_what_is_skipped_is_added():
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    assert torch.equal(dt.Residual(layer)(x), x + layer(x))
+
+
 def test_the_papers_block_has_its_size():
     assert sum(x.numel() for x in dt.PaperBlock((1, 28, 28), 20, 10).parameters()) == pytest.approx(
         2.0e6, rel=0.02
