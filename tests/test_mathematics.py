@@ -118,6 +118,8 @@ def test_the_layers_of_a_block(size):
     block = noprop.DenoisingBlockPaper((1, 28, 28), 20, 10, noprop.SIZES[size])
     weights = [x.weight.shape for x in block.modules() if isinstance(x, nn.Conv2d | nn.Linear)]
     assert [(*shape[:2], *shape[2:3]) for shape in weights] == LAYERS[size]
+    pools = {"small": [2], "deep": [2, 2], "reference": [2, 2, 3]}[size]
+    assert [x.kernel_size for x in block.modules() if isinstance(x, nn.MaxPool2d)] == pools
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 60])
