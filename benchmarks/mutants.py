@@ -159,19 +159,19 @@ def strata(base: Path) -> dict[str, list[tuple]]:
 
 
 def mutant_of(base: Path, stratum: str, change: tuple) -> Mutant | None:
-    """The mutant of a change; None if that is no Python, or no change."""
+    """The mutant of a change; None if that is no Python, no change, or more than cosmic-ray can do."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
     file, first, last, operator, occurrence, (line, column) = change
     source = (base / file).read_text(encoding="utf-8")
     lines = source.split("\n")
-    chunk = mutate_code("\n".join(lines[first - 1 : last]), get_operator(operator)(), occurrence)
-    changed = "\n".join([*lines[: first - 1], chunk, *lines[last:]])
     try:
+        chunk = mutate_code("\n".join(lines[first - 1 : last]), get_operator(operator)(), occurrence)
+        changed = "\n".join([*lines[: first - 1], chunk, *lines[last:]])
         if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source)):
             return None
-    except SyntaxError:
+    except (SyntaxError, AttributeError):  # the latter: an exception with a dot in its name
         return None
     line += first - 1
     name = f"{file}:{line}:{column} {operator.removeprefix('core/')}.{occurrence}"
