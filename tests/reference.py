@@ -145,13 +145,14 @@ class Trainer:
 class CascadeTrainer(Trainer):
     """Cross-entropy of each block's logits; z is what earlier blocks make of the image, as mere numbers."""
 
-    def step(self, x: Tensor, y: Tensor, lr: float, hand_on: str) -> None:
-        """One step on images x and labels y."""
-        z, answers = x.new_zeros(len(x), 1 if hand_on == "features" else 10), []
+    def step(self, x: Tensor, y: Tensor, lr: float, hand_on: str) -> list[Tensor]:
+        """One step on images x and labels y; returns the blocks' losses."""
+        z, answers, losses = x.new_zeros(len(x), 1 if hand_on == "features" else 10), [], []
         for p in self.parts[: self.blocks]:
             h = code(p, x)
             logits = f(p, h, z)
-            F.cross_entropy(logits, y).backward()
+            losses.append(F.cross_entropy(logits, y))
+            losses[-1].backward()
             answers.append(logits.detach().softmax(1))
             if hand_on == "features":
                 z = torch.cat([z, h.detach()], 1)
@@ -159,6 +160,7 @@ class CascadeTrainer(Trainer):
                 z = sum(answers) / len(answers)
         self.update(lr, None)
         self.k += 1
+        return losses
 
 
 def gamma(p: dict[str, Tensor], t: Tensor) -> Tensor:

@@ -241,7 +241,8 @@ def test_damaged_data(capsys, tmp_path, damage):
         victim.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:cut])
     arguments = ["--data-root", str(tmp_path), "--output-dir", str(tmp_path / "out")]
     words = {"missing": "No such file", "a folder": "Is a directory"}
-    fails(capsys, 2, arguments, victim.name, words.get(damage, "damaged"))
+    get = [f"torchvision.datasets.MNIST('{tmp_path}', download=True)"] * (damage in words)
+    fails(capsys, 2, arguments, victim.name, words.get(damage, "damaged"), *get)
     assert not (tmp_path / "out").exists()
 
 

@@ -91,9 +91,11 @@ def test_three_steps_of_a_cascade_are_those_of_the_equations(hand_on, data):
     for k, lr in enumerate((0.003, 0.01, 0.002)):
         rows = slice(64 * k, 64 * (k + 1))
         image, label = data.train.images[rows].double() / 255, data.train.labels[rows]
-        slow.step(image, label, lr, hand_on)
+        losses = slow.step(image, label, lr, hand_on)
         results = step_of(state.config)(state, image, label, lr)
         state.step += 1
+        assert list(results) == [f"blocks.{t}" for t in range(reference.T)]
+        assert [x.item() for x, _ in results.values()] == pytest.approx([x.item() for x in losses])
         assert min(norm for _, norm in results.values()) > reference.CLIP
     same_weights(slow, state)
 
