@@ -13,6 +13,7 @@ blocks, as no block learns from later ones: so every length is measured at once.
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,8 @@ def train(given: argparse.Namespace) -> None:
     """Train what is missing; keep accuracy and loss by length, and each image's answer."""
     data = load_data(LabConfig(dataset="fashion_mnist"), given.data_root)
     lr = rates("fashion_mnist", data, 2)["cnns"]
-    jobs = [
-        (arm, fold, seed)
-        for seed in range(given.seeds)
-        for fold in range(given.folds)
-        for arm in (*ARMS, CNNS)
-    ]
+    jobs = list(product(range(given.seeds), range(given.folds), (*ARMS, CNNS)))
+    jobs = [(arm, fold, seed) for seed, fold, arm in jobs]
     jobs = [job for job in jobs if "-".join(map(str, job)) not in read(ROWS)]
     for done, (arm, fold, seed) in enumerate(jobs, start=1):
         part, started = fold_of(data, fold), time.perf_counter()
@@ -90,16 +87,18 @@ def train(given: argparse.Namespace) -> None:
         row = {"seconds": time.perf_counter() - started, "weights": weights, "lr": lr, "peak": matmul_peak()}
         means = {t: averaged(log_p[:, :t]) for t in LENGTHS}
         kept = {f"mean-{t}": intervals.packed(x, part.val.labels) for t, x in means.items()}
+        kept["late"] = intervals.packed(averaged(log_p[:, T // 2 :]), part.val.labels)
         kept["last"] = intervals.packed(log_p[:, -1], part.val.labels)
         for name, x in kept.items():
             right, loss = intervals.right_and_loss(x)
             row[name] = {"accuracy": right.mean(), "loss": loss.mean()}
         name = f"{arm}-{fold}-{seed}"
-        np.savez_compressed(
-            RESULTS / f"cascade-{name.replace(' ', '_')}.npz", mean=kept[f"mean-{T}"], at_8=kept["mean-8"]
-        )
-        keep(ROWS, read(ROWS) | {name: row})
-        noprop.say(f"{name}: {row[f'mean-{T}']}, {row['seconds']:.0f} s; {done} of {len(jobs)}")
+        path = RESULTS / f"cascade-{name.replace(' ', '_')}.npz"
+        np.savez_compressed(path, mean=kept[f"mean-{T}"], late=kept["late"], last=kept["last"])
+        keep(ROWS, rows := read(ROWS) | {name: row})
+        found = "{accuracy:.2f} %, nll {loss:.4f}".format(**row[f"mean-{T}"])
+        left = sum(x["seconds"] for x in rows.values()) / len(rows) * (len(jobs) - done) / 60
+        noprop.say(f"{name}: {found}, {row['seconds']:.0f} s; {done}/{len(jobs)}, about {left:.0f} min left")
 
 
 def kept_of(arm: str, fold: int, seeds: int, name: str = "mean") -> np.ndarray:
@@ -124,31 +123,31 @@ def apart(arm: str, name: str, folds: int, seeds: int) -> list[str]:
 def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     rows = read(ROWS)
-    done = [tuple(map(int, name.rsplit("-", 2)[1:])) for name in rows if name.startswith(CNNS)]
-    done = [(fold, seed) for fold, seed in done if all(f"{arm}-{fold}-{seed}" in rows for arm in ARMS)]
-    folds, seeds = (1 + max(x[i] for x in done) for i in (0, 1))
-    columns = [
-        "",
-        *(f"{t} blocks" if t > 1 else "1 block" for t in LENGTHS),
-        "the last alone",
-        "nll of ten",
-        "weights",
-        "seconds",
+    whole = [
+        x
+        for x in product(range(FOLDS), range(9))
+        if all(f"{arm}-{x[0]}-{x[1]}" in rows for arm in (*ARMS, CNNS))
     ]
+    folds = max(fold for fold, _ in whole) + 1
+    seeds = min(sum(x[0] == fold for x in whole) for fold in range(folds))  # that all of these folds have
+    done = [(fold, seed) for fold, seed in whole if seed < seeds]
+    columns = ["", *(f"{t} blocks" if t > 1 else "1 block" for t in LENGTHS)]
+    columns += ["the last alone", "nll of ten", "weights", "seconds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for arm in (*ARMS, CNNS):
         found = [rows[f"{arm}-{fold}-{seed}"] for fold, seed in done]
         cells = [mean([x[f"mean-{t}"]["accuracy"] for x in found]) for t in LENGTHS]
-        cells += [
-            mean([x["last"]["accuracy"] for x in found]),
-            mean([x[f"mean-{T}"]["loss"] for x in found], 4),
-        ]
+        losses = [x[f"mean-{T}"]["loss"] for x in found]
+        cells += [mean([x["last"]["accuracy"] for x in found]), mean(losses, 4)]
         cells += [f"{found[0]['weights']:,}", f"{np.median([x['seconds'] for x in found]):.0f}"]
         lines.append(f"| {arm} | {' | '.join(x.removesuffix(' ± nan') for x in cells)} |")
     lines += ["", f"| less ten {CNNS} | accuracy | nll |", "|---|---|---|"]
-    for arm in ARMS:
-        for name, title in (("mean", f"mean of {T} blocks"), ("at_8", "mean of 8 blocks")):
-            lines.append(f"| {arm}, {title} | {' | '.join(apart(arm, name, folds, seeds))} |")
+    rows_apart = [(arm, "mean", f"mean of {T} blocks") for arm in ARMS]
+    rows_apart += [
+        (next(iter(ARMS)), *x) for x in (("late", "mean of the last five"), ("last", "the last alone"))
+    ]
+    for arm, name, title in rows_apart:
+        lines.append(f"| {arm}, {title} | {' | '.join(apart(arm, name, folds, seeds))} |")
     peaks = [x["peak"] for x in rows.values()]
     lines += [
         "",
