@@ -99,30 +99,25 @@ def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_da
     assert all(trial.user_attrs["record"]["test_accuracy"] is None for trial in trials(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("number", [2, 9, 15])
-def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path, number):
-    """By SIGINT, by SIGKILL, by SIGTERM."""
-    output = tmp_path / "output"
-    process = start(output, command := flags(tmp_path, hpo_epochs=500))
+def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path):
+    """By SIGKILL, by SIGTERM, by SIGINT, one after another."""
 
-    def running() -> bool:
+    def running(count: int) -> bool:
         try:
-            return any(x.intermediate_values for x in trials(tmp_path))
+            return len(trials(tmp_path)) == count and bool(trials(tmp_path)[-1].intermediate_values)
         except Exception:  # there is no database yet
             return False
 
-    wait_until(running, process)
-    os.kill(process.pid, number)
-    process.join(300)
-    assert process.exitcode == (-9 if number == 9 else 128 + number)
-    assert ("Stopped. The same command goes on." in output.read_text()) == (number != 9)
-    assert [trial.state.name for trial in trials(tmp_path)] == ["RUNNING"]
-    process = start(output, command)
-    wait_until(lambda: len(trials(tmp_path)) == 2, process)
-    process.kill()
-    process.join()
-    dead, again = trials(tmp_path)
-    assert dead.state.name == "FAIL" and again.system_attrs["fixed_params"] == dead.params
+    for count, number in enumerate((9, 15, 2), start=1):
+        process = start(output := tmp_path / f"output {number}", flags(tmp_path, hpo_epochs=500))
+        wait_until(partial(running, count), process)
+        os.kill(process.pid, number)
+        process.join(300)
+        assert process.exitcode == (-9 if number == 9 else 128 + number)
+        assert ("Stopped. The same command goes on." in output.read_text()) == (number != 9)
+        assert [x.state.name for x in trials(tmp_path)] == ["FAIL"] * (count - 1) + ["RUNNING"]
+    first, *again = trials(tmp_path)
+    assert [x.system_attrs["fixed_params"] for x in again] == [first.params] * 2
 
 
 def test_a_bad_trial_is_stopped_early_and_one_that_diverges_does_not_end_the_search(tmp_path, monkeypatch):
@@ -178,9 +173,10 @@ def test_a_suggestion_that_is_no_setting(tmp_path, monkeypatch, capsys, suggest,
 
 def test_another_search_is_another_study(tmp_path):
     """With other settings, or of another space; nothing is mixed."""
-    assert search(tmp_path) == search(tmp_path, num_blocks=2) == search(tmp_path, hpo_epochs=2) == 0
+    one = partial(search, tmp_path, hpo_trials=1)
+    assert one() == one(num_blocks=2) == one(hpo_epochs=2) == 0
     assert len(studies(tmp_path)) == 3
-    assert search(tmp_path, num_blocks=2) == 0 and len(studies(tmp_path)) == 3
+    assert one(num_blocks=2) == 0 and len(studies(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("name", ["x?1", "a {b} %41#c"])
