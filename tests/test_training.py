@@ -122,7 +122,7 @@ def test_temperature_one_samples_and_repeats_itself(trained, data):
 @pytest.mark.slow
 def test_reference_preset_starts_and_learns(data):
     config = noprop.Config.reference(epochs=1, num_blocks=2, lr=0.003, batch_size=64)
-    sizes = zip(data[:3], (4800, 500, 500), strict=True)
+    sizes = zip(data[:3], (6400, 500, 500), strict=True)
     small = noprop.Data(*(noprop.Split(x.images[:n], x.labels[:n]) for x, n in sizes))
     (record,) = noprop.train(noprop.State(config), small, threads=2)
     assert record["val_accuracy"] > 60
