@@ -13,6 +13,7 @@ blocks, as no block learns from later ones: so every length is measured at once.
 import argparse
 import sys
 import time
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals
 from benchmarks.control import averaged, rates
-from benchmarks.frontier import fit, keep, log_probabilities, read
+from benchmarks.frontier import fit, held_out, keep, log_probabilities, read
 from benchmarks.machine import matmul_peak
 from benchmarks.seeds import mean, write
 from noprop_lab.backprop import BackpropConfig
@@ -33,12 +34,8 @@ from noprop_lab.settings import LabConfig
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "cascade.json"
-CNNS, FOLDS, T = "plain CNNs", 4, 10
-ARMS = {
-    "cascade of features": "features",
-    "cascade of answers": "label",
-    "blocks that see nothing": "nothing",
-}
+CNNS, FEATURES, FOLDS, T = "plain CNNs", "cascade of features", 4, 10
+ARMS = {FEATURES: "features", "cascade of answers": "label", "blocks that see nothing": "nothing"}
 LENGTHS = (1, 2, 4, 8, 10)
 
 
@@ -49,15 +46,6 @@ def configs(arm: str, seed: int, lr: float) -> list[LabConfig]:
         return [CascadeConfig(seed=seed, hand_on=ARMS[arm], num_blocks=T, **recipe)]
     seeds = range(100 * (seed + 1), 100 * (seed + 1) + T)
     return [BackpropConfig(seed=x, num_blocks=1, step_threads=1, **recipe) for x in seeds]
-
-
-def fold_of(data: noprop.Data, fold: int) -> noprop.Data:
-    """Three quarters of all training images, and the other one in place of validation images."""
-    both = [torch.cat(x) for x in zip(data.train, data.val, strict=True)]
-    inside = torch.arange(len(both[1])) % FOLDS == fold  # both are in a random order
-    return noprop.Data(
-        *(noprop.Split(*(x[rows] for x in both)) for rows in (~inside, inside)), None, data.augment
-    )
 
 
 def answers(arm: str, seed: int, lr: float, data: noprop.Data) -> tuple[torch.Tensor, int]:
@@ -78,11 +66,10 @@ def train(given: argparse.Namespace) -> None:
     """Train what is missing; keep accuracy and loss by length, and each image's answer."""
     data = load_data(LabConfig(dataset="fashion_mnist"), given.data_root)
     lr = rates("fashion_mnist", data, 2)["cnns"]
-    jobs = list(product(range(given.seeds), range(given.folds), (*ARMS, CNNS)))
-    jobs = [(arm, fold, seed) for seed, fold, arm in jobs]
-    jobs = [job for job in jobs if "-".join(map(str, job)) not in read(ROWS)]
-    for done, (arm, fold, seed) in enumerate(jobs, start=1):
-        part, started = fold_of(data, fold), time.perf_counter()
+    rows, jobs = read(ROWS), product(range(given.seeds), range(given.folds), (*ARMS, CNNS))
+    jobs = [(seed, fold, arm) for seed, fold, arm in jobs if f"{arm}-{fold}-{seed}" not in rows]
+    for done, (seed, fold, arm) in enumerate(jobs, start=1):
+        part, started = held_out(data, slice(fold, None, FOLDS)), time.perf_counter()
         log_p, weights = answers(arm, seed, lr, part)
         row = {"seconds": time.perf_counter() - started, "weights": weights, "lr": lr, "peak": matmul_peak()}
         means = {t: averaged(log_p[:, :t]) for t in LENGTHS}
@@ -95,7 +82,7 @@ def train(given: argparse.Namespace) -> None:
         name = f"{arm}-{fold}-{seed}"
         path = RESULTS / f"cascade-{name.replace(' ', '_')}.npz"
         np.savez_compressed(path, mean=kept[f"mean-{T}"], late=kept["late"], last=kept["last"])
-        keep(ROWS, rows := read(ROWS) | {name: row})
+        keep(ROWS, rows := rows | {name: row})
         found = "{accuracy:.2f} %, nll {loss:.4f}".format(**row[f"mean-{T}"])
         left = sum(x["seconds"] for x in rows.values()) / len(rows) * (len(jobs) - done) / 60
         noprop.say(f"{name}: {found}, {row['seconds']:.0f} s; {done}/{len(jobs)}, about {left:.0f} min left")
@@ -123,14 +110,14 @@ def apart(arm: str, name: str, folds: int, seeds: int) -> list[str]:
 def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     rows = read(ROWS)
-    whole = [
-        x
-        for x in product(range(FOLDS), range(9))
-        if all(f"{arm}-{x[0]}-{x[1]}" in rows for arm in (*ARMS, CNNS))
-    ]
+    arms = Counter(name.split("-", 1)[1] for name in rows)  # by fold and seed: how many arms are there
+    whole = [tuple(map(int, key.split("-"))) for key, count in arms.items() if count == len(ARMS) + 1]
+    if not whole:
+        noprop.say("No fold is measured yet by all arms: leave --report out.", file=sys.stderr)
+        return 2
     folds = max(fold for fold, _ in whole) + 1
     seeds = min(sum(x[0] == fold for x in whole) for fold in range(folds))  # that all of these folds have
-    done = [(fold, seed) for fold, seed in whole if seed < seeds]
+    done = list(product(range(folds), range(seeds)))
     columns = ["", *(f"{t} blocks" if t > 1 else "1 block" for t in LENGTHS)]
     columns += ["the last alone", "nll of ten", "weights", "seconds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -142,17 +129,13 @@ def report() -> int:
         cells += [f"{found[0]['weights']:,}", f"{np.median([x['seconds'] for x in found]):.0f}"]
         lines.append(f"| {arm} | {' | '.join(x.removesuffix(' ± nan') for x in cells)} |")
     lines += ["", f"| less ten {CNNS} | accuracy | nll |", "|---|---|---|"]
-    rows_apart = [(arm, "mean", f"mean of {T} blocks") for arm in ARMS]
-    rows_apart += [
-        (next(iter(ARMS)), *x) for x in (("late", "mean of the last five"), ("last", "the last alone"))
-    ]
-    for arm, name, title in rows_apart:
+    compared = [(arm, "mean", f"mean of {T} blocks") for arm in ARMS]
+    compared += [(FEATURES, "late", "mean of the last five"), (FEATURES, "last", "the last alone")]
+    for arm, name, title in compared:
         lines.append(f"| {arm}, {title} | {' | '.join(apart(arm, name, folds, seeds))} |")
     peaks = [x["peak"] for x in rows.values()]
-    lines += [
-        "",
-        f"Folds: {folds}, seeds: {seeds}. Matmul peak {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s.",
-    ]
+    machine = f"Matmul peak {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s."
+    lines += ["", f"Folds: {folds}, seeds: {seeds}. {machine}"]
     noprop.say(text := "\n".join(lines))
     write("cascade", text)
     return 0

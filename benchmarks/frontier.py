@@ -121,10 +121,15 @@ def answers(setting: Setting, seed: int, data: noprop.Data, device: torch.device
     return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(averaged(log_p), label)}
 
 
-def held_out(data: noprop.Data) -> noprop.Data:
-    """45,000 training images; the 15,000 others in place of validation images, and none to test on."""
+def held_out(data: noprop.Data, fold: slice = slice(45_000, None)) -> noprop.Data:
+    """All training images but for a fold, which is in place of validation images; and none to test on.
+
+    They are in a random order, so that any slice of the 60,000 does.
+    """
     both = [torch.cat(x) for x in zip(data.train, data.val, strict=True)]
-    parts = (noprop.Split(*(x[chosen] for x in both)) for chosen in (slice(45_000), slice(45_000, None)))
+    inside = torch.zeros(len(both[1]), dtype=torch.bool, device=both[1].device)
+    inside[fold] = True
+    parts = (noprop.Split(*(x[chosen] for x in both)) for chosen in (~inside, inside))
     return noprop.Data(*parts, None, data.augment)
 
 

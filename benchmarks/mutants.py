@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,14 +315,21 @@ def statement(source: str, line: int) -> int:
     return max((x.lineno for x in around if x.lineno <= line <= x.end_lineno), default=line)
 
 
-def naming(base: Path, words: set[str]) -> set[str]:
-    """Tests, file::name, whose source has one of the words, but for those that a tenth of all tests have."""
+@cache
+def vocabulary(base: Path) -> dict[str, set[str]]:
+    """The words in the source of each test, by file::name."""
     found = {}
     for path in base.glob("tests/test_*.py"):
         source = path.read_text(encoding="utf-8")
         for node in filter(lambda x: isinstance(x, ast.FunctionDef), ast.parse(source).body):
             text = ast.get_source_segment(source, node)
             found[f"tests/{path.name}::{node.name}"] = set(re.findall(r"\w+", text))
+    return found
+
+
+def naming(base: Path, words: set[str]) -> set[str]:
+    """Tests, file::name, whose source has one of the words, but for those that a tenth of all tests have."""
+    found = vocabulary(base)
     rare = {word for word in words if 10 * sum(word in x for x in found.values()) < len(found)}
     return {name for name, x in found.items() if rare & x}
 

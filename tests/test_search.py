@@ -49,15 +49,15 @@ def outcome(found: list) -> list:
 
 
 def test_a_search_goes_on_with_the_missing_trials(tmp_path, capsys):
-    """The first trial is the config itself; one and then two more are the three of an undisturbed search."""
-    assert search(tmp_path / "a", hpo_trials=1) == search(tmp_path / "a", hpo_trials=3) == 0
-    assert search(tmp_path / "b", hpo_trials=3) == 0
+    """The first trial is the config itself; two and then two more are the four of an undisturbed search."""
+    assert search(tmp_path / "a", hpo_trials=2) == search(tmp_path / "a", hpo_trials=4) == 0
+    assert search(tmp_path / "b", hpo_trials=4) == 0
     resumed = trials(tmp_path / "a")
     assert outcome(resumed) == outcome(trials(tmp_path / "b"))
     assert resumed[0].params["lr"] == noprop.Config().lr
-    assert len({trial.params["lr"] for trial in resumed}) == 3
-    assert search(tmp_path / "a", hpo_trials=3) == 0 and len(trials(tmp_path / "a")) == 3
-    assert "trial   2 complete: validation loss" in capsys.readouterr().out
+    assert len({trial.params["lr"] for trial in resumed}) == 4
+    assert search(tmp_path / "a", hpo_trials=4) == 0 and len(trials(tmp_path / "a")) == 4
+    assert "trial   3 complete: validation loss" in capsys.readouterr().out
 
 
 def test_the_best_settings_are_trained_and_can_be_given(tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_da
 
 
 def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path):
-    """By SIGKILL, by SIGTERM, by SIGINT, one after another."""
+    """By SIGKILL, by SIGTERM, by SIGINT, one after another; the last process shows what became of these."""
 
     def running(count: int) -> bool:
         try:
@@ -108,8 +108,8 @@ def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path)
         except Exception:  # there is no database yet
             return False
 
-    for count, number in enumerate((9, 15, 2), start=1):
-        process = start(output := tmp_path / f"output {number}", flags(tmp_path, hpo_epochs=500))
+    for count, number in enumerate((9, 15, 2, 9), start=1):
+        process = start(output := tmp_path / f"output {count}", flags(tmp_path, hpo_epochs=500))
         wait_until(partial(running, count), process)
         os.kill(process.pid, number)
         process.join(300)
@@ -117,7 +117,7 @@ def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path)
         assert ("Stopped. The same command goes on." in output.read_text()) == (number != 9)
         assert [x.state.name for x in trials(tmp_path)] == ["FAIL"] * (count - 1) + ["RUNNING"]
     first, *again = trials(tmp_path)
-    assert [x.system_attrs["fixed_params"] for x in again] == [first.params] * 2
+    assert [x.system_attrs["fixed_params"] for x in again] == [first.params] * 3
 
 
 def test_a_bad_trial_is_stopped_early_and_one_that_diverges_does_not_end_the_search(tmp_path, monkeypatch):
