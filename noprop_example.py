@@ -399,7 +399,7 @@ class Config(Checked):
             (self.ema_decay < 1, f"ema_decay must be below 1, not {self.ema_decay}"),
             (self.dim >= self.num_classes, f"embed_dim must be at least {self.num_classes}, a row a class"),
             (self.eta_loss_weight or self.lambda_global, "both weights of the blocks' loss are 0"),
-            (not self.temperature or self.weights == "ddpm", "a temperature samples: it takes weights ddpm"),
+            (not self.temperature or self.weights != "equal", "a temperature samples: it takes weights ddpm"),
         ):
             if not holds:
                 raise Failure(rule)

@@ -4,6 +4,7 @@
     python benchmarks/evidence.py ladder --seeds 5       what the chain of blocks does (5 runs of the default)
     python benchmarks/evidence.py objectives --seeds 2   NoProp-DT's embeddings and learning rates, two epochs
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
+    python benchmarks/evidence.py paper --fashion-mnist DIR   the paper's table, runs of 200 s or less (3 h)
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
 
 Prints the plan and the time left; runs that are in runs/ below the current folder are not run again. Keeps
@@ -18,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,20 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import DOCS, best_test_accuracy, folder_of, inferred, mean, mean_and_error, run, write
+from benchmarks.seeds import (
+    DOCS,
+    best_test_accuracy,
+    folder_of,
+    inferred,
+    mean,
+    mean_and_error,
+    network_of,
+    run,
+    write,
+)
+from benchmarks.speed import peak_bytes, random_batch
+from noprop_lab.__main__ import step_of
+from noprop_lab.networks import LabState
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
@@ -48,23 +63,44 @@ HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     ],
     "plain CNN of all blocks' size": ["--objective=backprop", "--num-blocks=1", "--block=reference"],
 }
+FIXED, ONE_HOT, PROTOTYPES = (f"--embedding={x}" for x in ("fixed", "onehot", "prototype"))
+# the paper's own rival: backpropagation through a chain that learns its α_t, from noise
+RIVAL = ["--objective=backprop", "--weights=learned", "--target=classes", "--classify=z", "--temperature=1"]
 OBJECTIVES = {  # name: flags, beside two epochs
     "hybrid": [],
-    "NoProp-DT, embedding fixed": [*LAST, "--embedding=fixed"],
-    "NoProp-DT, embedding learned": LAST,
-    "NoProp-DT, embedding learned, learning rate 0.003": [*LAST, "--lr=0.003"],
-    "NoProp-DT, embedding learned, learning rate 0.001": [*LAST, "--lr=0.001"],
-    "NoProp-DT, one-hot": [*LAST, "--embedding=onehot"],
-    "NoProp-DT, one-hot, learning rate 0.03": [*LAST, "--embedding=onehot", "--lr=0.03"],
-    "NoProp-DT, one-hot, learning rate 0.004": [*LAST, "--embedding=onehot", "--lr=0.004"],
-    "NoProp-DT, prototypes": [*LAST, "--embedding=prototype"],
-    "NoProp-DT, prototypes, learning rate 0.004": [*LAST, "--embedding=prototype", "--lr=0.004"],
+    "NoProp-DT, embedding learned": [DT],
+    "NoProp-DT, embedding learned, learning rate 0.003": [DT, "--lr=0.003"],
+    "NoProp-DT, embedding learned, learning rate 0.001": [DT, "--lr=0.001"],
+    "NoProp-DT, embedding fixed": [DT, FIXED],
+    "NoProp-DT, one-hot": [DT, ONE_HOT],
+    "NoProp-DT, one-hot, learning rate 0.004": [DT, ONE_HOT, "--lr=0.004"],
+    "NoProp-DT, prototypes": [DT, PROTOTYPES],
+    "NoProp-DT, prototypes, learning rate 0.004": [DT, PROTOTYPES, "--lr=0.004"],
+    "one update a step, embedding learned": LAST,
+    "one update a step, embedding learned, learning rate 0.003": [*LAST, "--lr=0.003"],
+    "one update a step, one-hot": [*LAST, ONE_HOT],
     "the same chain by backpropagation": ["--objective=backprop"],
-    "Algorithm 1, embedding learned": [DT],
-    "Algorithm 1, embedding learned, learning rate 0.003": [DT, "--lr=0.003"],
-    "Algorithm 1, embedding fixed": [DT, "--embedding=fixed"],
-    "Algorithm 1, one-hot": [DT, "--embedding=onehot"],
-    "Algorithm 1, prototypes": [DT, "--embedding=prototype"],
+    "the paper's backpropagation, one-hot": [*RIVAL, ONE_HOT],
+    "the paper's backpropagation, one-hot, learning rate 0.004": [*RIVAL, ONE_HOT, "--lr=0.004"],
+    "the paper's backpropagation, embedding learned": RIVAL,
+    "the paper's backpropagation, embedding learned, learning rate 0.004": [*RIVAL, "--lr=0.004"],
+}
+CHAIN, IMAGES, ALL_T = (f"--epochs={x}" for x in (3, 2, 20))  # that take at most 200 s on one core
+CT, FM = "--objective=ct", "--objective=fm"
+PAPER = {  # name: flags, and the paper's own accuracy on MNIST, with its networks and epochs
+    "NoProp-DT, one-hot": ([DT, CHAIN, ONE_HOT], 99.47),
+    "NoProp-DT, learned (D = 20)": ([DT, CHAIN, "--lr=0.003"], 99.49),
+    "NoProp-DT, prototypes": ([DT, IMAGES, PROTOTYPES], 99.54),
+    "NoProp-CT, one-hot": ([CT, ALL_T, ONE_HOT], 97.84),
+    "NoProp-CT, learned (D = 20)": ([CT, ALL_T], 97.70),
+    "NoProp-CT, prototypes": ([CT, "--epochs=6", PROTOTYPES], 97.17),
+    "NoProp-FM, one-hot": ([FM, ALL_T, ONE_HOT], 99.21),
+    "NoProp-FM, learned (D = 20)": ([FM, ALL_T], 99.29),
+    "NoProp-FM, prototypes": ([FM, "--epochs=6", PROTOTYPES], 98.52),
+    "the paper's backpropagation, one-hot": ([*RIVAL, CHAIN, ONE_HOT], 99.46),
+    "the paper's backpropagation, learned (D = 20)": ([*RIVAL, CHAIN], 99.43),
+    "the paper's backpropagation, prototypes": ([*RIVAL, IMAGES, PROTOTYPES], 99.44),
+    "the script's chain by backpropagation": (["--objective=backprop", CHAIN], None),
 }
 ABLATION = {  # name: flags, beside two epochs
     "the default": [],
@@ -93,9 +129,12 @@ ABLATION = {  # name: flags, beside two epochs
 # --- Tables ------------------------------------------------------------------------------------------------
 
 
+ALONE = ["--threads=1"]  # two runs at once, each on a core of its own
+
+
 def after_two_epochs(settings: dict[str, list[str]], seeds: range) -> dict[str, list[float]]:
     """Validation accuracies by seed of the runs with each setting's flags."""
-    runs = run({name: ["--epochs=2", *flags] for name, flags in settings.items()}, seeds)
+    runs = run({name: ["--epochs=2", *ALONE, *flags] for name, flags in settings.items()}, seeds, at_once=2)
     return {name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()}
 
 
@@ -262,8 +301,35 @@ def ablation(seeds: range) -> Rows:
     """Which change matters? Each taken back alone: validation accuracy after two epochs, by seed."""
     columns = after_two_epochs(ABLATION, seeds)
     val = noprop.load_data(noprop.Config()).val
-    results = [inference(model, val) for model in networks(seeds, "--epochs=2")]
+    results = [inference(model, val) for model in networks(seeds, "--epochs=2", *ALONE)]
     return differences(columns | {name: [result[name] for result in results] for name in results[0]})
+
+
+def paper(seeds: range, fashion_mnist: Path) -> Rows:
+    """The paper's table: three algorithms, three embeddings, backpropagation; two data sets, short runs."""
+    rows: Rows = {}
+    sets = {"MNIST": [], "Fashion-MNIST": ["--dataset=fashion_mnist", f"--data-root={fashion_mnist}"]}
+    for dataset, of_set in sets.items():
+        flags = {name: [*ALONE, "--block=small", *own, *of_set] for name, (own, _) in PAPER.items()}
+        for name, found in run(flags, seeds, at_once=2).items():
+            row = rows.setdefault(name, {"epochs": [x["epochs"] for x in found]})
+            if dataset == "MNIST" and PAPER[name][1]:
+                row["the paper, MNIST"] = [PAPER[name][1]]
+            row |= {
+                f"{dataset}, {column}": [x[key] for x in found]
+                for column, key in (("%", "test_accuracy"), ("nll", "test_loss"), ("seconds", "seconds"))
+            }
+            by_steps = [x.get("test_accuracy_by_steps", {}) for x in found]
+            row |= {
+                f"{dataset}, {n} step(s)": [x[n] for x in by_steps]
+                for n in ("1", "2", "100")
+                if all(by_steps)
+            }
+            config = network_of(folder_of(flags[name], seeds[0])).config
+            state = LabState(config)
+            step = partial(step_of(config), state, *random_batch(256), 1e-3)
+            row["MiB"] = [peak_bytes(state.model, step) / 2**20]
+    return rows
 
 
 def cheaper(_seeds: range) -> Rows:
@@ -281,14 +347,14 @@ def cheaper(_seeds: range) -> Rows:
 
 # --- Report ------------------------------------------------------------------------------------------------
 
-TABLES = {table.__name__: table for table in (headline, ladder, objectives, ablation, cheaper)}
+TABLES = {table.__name__: table for table in (headline, ladder, objectives, ablation, paper, cheaper)}
 BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
 
 def cell(column: str, values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}" if "÷" in column else f"{values[0]:.1f}"
-    return f"{values[0]:.0f}" if column == "epochs" else mean(values, 0 if column == "seconds" else 2)
+    digits = {"seconds": 0, "epochs": 0, "MiB": 1, "nll": 3}
+    places = next((n for word, n in digits.items() if word in column), 2)
+    return mean(values[:1] if column == "epochs" else values, places).removesuffix(" ± nan")
 
 
 def verdict(apart: list[float]) -> str:
@@ -316,23 +382,48 @@ def markdown(rows: Rows) -> str:
 def draw(rows: Rows, title: str):
     """A dot a seed, and mean ± standard error, a row a line; or the activations by T."""
     from matplotlib.figure import Figure
+
+    known = ("test accuracy", "Δ", "MNIST, %", "Fashion-MNIST, %")
+    columns = [column for column in known if column in next(iter(rows.values()))]
+    height = 1.1 + 0.27 * len(rows) if columns else 4.5
+    figure = Figure(figsize=(9 + 3 * (len(columns) > 1), height), layout="constrained")
+    panels = figure.subplots(1, max(1, len(columns)), squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=False):
+        dots(axes, rows, column)
+        if axes is panels[0]:
+            axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        if len(columns) > 1:
+            axes.set_title(column.removesuffix(", %"), fontsize=10)
+    if not columns:
+        activations(panels[0], rows)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def activations(axes, rows: Rows) -> None:
+    measured = {name: row for name, row in rows.items() if "MiB, T = 1" in row}
+    for (name, row), marker in zip(measured.items(), "os^Dv", strict=True):
+        memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
+        ratio = next(value for column, [value] in row.items() if "÷" in column)
+        label = f"{name} (time of a step at T = 10: {ratio:.2f})"
+        axes.plot(memory.keys(), memory.values(), marker=marker, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="blocks T", ylabel="MiB kept for the backward pass")
+    axes.set_ylim(top=1500)  # room for the legend
+    axes.set_xticks(list(memory), list(memory))
+    axes.legend(frameon=False)
+    finish_axes(axes)
+
+
+def finish_axes(axes) -> None:
+    axes.margins(x=0.08)
+    axes.tick_params(axis="x", which="both", pad=4)
+
+
+def dots(axes, rows: Rows, column: str) -> None:
+    """A dot a seed, mean ± standard error, and beside MNIST what the paper has, of one column of a table."""
     from matplotlib.ticker import FuncFormatter
 
-    column = next((x for x in ("test accuracy", "Δ") if x in next(iter(rows.values()))), None)
-    figure = Figure(figsize=(9, 1.1 + 0.27 * len(rows) if column else 4.5), layout="constrained")
-    axes = figure.subplots()
-    if not column:
-        measured = {name: row for name, row in rows.items() if "MiB, T = 1" in row}
-        for (name, row), marker in zip(measured.items(), "os^Dv", strict=True):
-            memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
-            ratio = next(value for column, [value] in row.items() if "÷" in column)
-            label = f"{name} (time of a step at T = 10: {ratio:.2f})"
-            axes.plot(memory.keys(), memory.values(), marker=marker, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="blocks T", ylabel="MiB kept for the backward pass")
-        axes.set_ylim(top=1500)  # room for the legend
-        axes.set_xticks(list(memory), list(memory))
-        axes.legend(frameon=False)
-    for y, (name, row) in enumerate(rows.items() if column else ()):
+    for y, (name, row) in enumerate(rows.items()):
         values = np.array(row[column])
         middle, error = mean_and_error(row[column])
         doubtful = column == "Δ" and verdict(row["Δ"]) != "matters"
@@ -340,28 +431,31 @@ def draw(rows: Rows, title: str):
         place = (lambda x: np.maximum(100 - x, 0.1)) if column != "Δ" else np.asarray
         axes.plot(place(values), np.full(len(values), y), "o", color=color, alpha=0.3, markersize=5)
         axes.errorbar(place(middle), y, xerr=error, fmt="|", color=color, markersize=10, capsize=3)
+        if theirs := row.get(f"the paper, {column.removesuffix(', %')}"):
+            axes.plot(place(np.array(theirs)), [y], "x", color=RED)
         text = f"{middle:{'+' if column == 'Δ' else ''}.2f} ± {error:.2f}"
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=color)
         if y == 0:
             axes.axvline(place(middle), color=GREY, linewidth=0.8, linestyle=":")
-    if column:
-        axes.set_yticks(range(len(rows)), rows, fontsize=9)
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)
-    if column == "test accuracy":
-        axes.set(xscale="log", xlabel="test error in %, logarithmic; at the right, test accuracy in %")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[-1] in "25" else ""))
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
     if column == "Δ":
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xlabel(
             "difference of validation accuracy in points, linear up to 0.1; grey: not resolved, or small"
         )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.margins(x=0.08)
-    axes.tick_params(axis="x", which="both", pad=4)
-    figure.suptitle(title, fontsize=11)
-    return figure
+    else:
+        crosses = "; ×: the paper" * any(
+            f"the paper, {column.removesuffix(', %')}" in row for row in rows.values()
+        )
+        axes.set(
+            xscale="log", xlabel=f"test error in %, logarithmic; at the right, test accuracy in %{crosses}"
+        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[-1] in "25" else ""))
+    finish_axes(axes)
 
 
 def write_report(name: str, kept: dict) -> None:
@@ -376,11 +470,15 @@ def main() -> int:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="its files, which paper takes")
     arguments = parser.parse_args()
+    if (arguments.table == "paper") != bool(arguments.fashion_mnist):
+        parser.error("the table paper, and no other, takes --fashion-mnist DIR")
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed
-    rows = TABLES[name](range(first, first + arguments.seeds))
+    more = [arguments.fashion_mnist] if arguments.fashion_mnist else []
+    rows = TABLES[name](range(first, first + arguments.seeds), *more)
     print(markdown(rows))
     kept = {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, "rows": rows}
     RESULTS.mkdir(exist_ok=True)

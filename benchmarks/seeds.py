@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,17 +75,18 @@ def command(flags: list[str], folder: Path) -> list[str]:
     return [sys.executable, *start, *flags]
 
 
-def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
+def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[str, list[dict]]:
     """Summaries of the runs with each setting's flags, one a seed.
 
-    Runs that are missing are made, those that were stopped are resumed.
+    Runs that are missing are made, so many at once; those that were stopped are resumed.
     """
     jobs = [(name, flags, seed) for seed in seeds for name, flags in settings.items()]
     missing = [job for job in jobs if not summary_of(folder_of(*job[1:]))]
     print(f"{len(jobs)} runs; {len(missing)} of them are missing.", file=sys.stderr)
     started = time.perf_counter()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    for done, (name, flags, seed) in enumerate(missing, start=1):
+
+    def make(name: str, flags: list[str], seed: int) -> str:
         folder = folder_of(flags, seed)
         subprocess.run(
             [*command(flags, folder), f"--seed={seed}", f"--output-dir={folder}"],
@@ -92,8 +94,18 @@ def run(settings: dict[str, list[str]], seeds: range) -> dict[str, list[dict]]:
             stdout=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": paths},  # the lab is found from any folder
         )
-        left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
-        print(f"{done}/{len(missing)}  seed {seed}  {name}; about {left:.0f} min left", file=sys.stderr)
+        return f"seed {seed}  {name}"
+
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(make, *job) for job in missing]
+        try:
+            for done, finished in enumerate(as_completed(running), start=1):
+                what = finished.result()
+                left = (time.perf_counter() - started) / done * (len(missing) - done) / 60
+                print(f"{done}/{len(missing)}  {what}; about {left:.0f} min left", file=sys.stderr)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those that wait would still be made
+            raise
     return {name: [summary_of(folder_of(flags, seed)) for seed in seeds] for name, flags in settings.items()}
 
 

@@ -102,7 +102,7 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
     """The config that flags change: of an objective, a preset, a data set's own settings, a file."""
     kind = CONFIGS[options.named_objective or "hybrid"]
     if options.preset == "paper" and not hasattr(kind, "paper"):
-        raise Failure("--preset paper is a setting of --objective dt, ct or fm")
+        raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
     given = read_settings(options.config)
     dataset = options.dataset or given.get("dataset", "mnist")
     try:
@@ -197,6 +197,8 @@ def end_of(config: LabConfig) -> Callable:
         return flows.finish
     if isinstance(config, cascade.CascadeConfig):
         return partial(noprop.finish, draw=cascade.draw_answers)
+    if isinstance(config, backprop.BackpropConfig) and config.weights == "learned":
+        return partial(noprop.finish, draw=backprop.draw_mixed)
     return parts.end_of_part if config.blocks else noprop.finish
 
 

@@ -1,20 +1,24 @@
 """The twin: the same chain of blocks, trained end to end through all reverse steps by cross-entropy.
 
-With --num-blocks 1 it is a plain CNN of one block's size.
+With --num-blocks 1 it is a plain CNN of one block's size. With --weights learned it is the paper's own rival
+(arXiv 2503.24322, equations 17-19), whose reverse steps have no noise schedule:
+    z_0 ~ τ N(0, I),  z_t = (1 - α_t) z_{t-1} + α_t û_t,  α_t = tanh(w_t), and w_t is learned with block t
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from noprop_example import Failure, State
-from noprop_lab.dt import seed_dropout
+from noprop_example import Failure, NoProp, Split, State, draw_denoising
+from noprop_lab.dt import paper_recipe, seed_dropout
+from noprop_lab.flows import ScaledChain
 from noprop_lab.settings import WholeConfig
 
 
@@ -23,13 +27,53 @@ class BackpropConfig(WholeConfig):
     """What decides the result; it is saved with the network. For backpropagation through the chain."""
 
     objective: ClassVar[str] = "backprop"
+    # Objective
+    weights: Literal["equal", "ddpm", "learned"] = "equal"  # with which û enters z_t; learned: the paper's α
+    supervise: Literal["last", "every"] = "last"  # the blocks after which the answer's cross-entropy counts
 
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global")
+    FREE = ("temperature",)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.temperature or self.classify == "z":
-            raise Failure("backprop trains all blocks as one: leave out temperature, classify z")
+        if self.weights != "learned" and (self.temperature or self.classify == "z"):
+            raise Failure("without --weights learned, backprop takes no temperature, and no classify z")
+
+    @classmethod
+    def paper(cls, dataset: str = "mnist", **changes) -> BackpropConfig:
+        """The paper's whole setting; meant for a GPU. Neither of our clips is the paper's."""
+        recipe = paper_recipe(dataset, 150 if "cifar" in dataset else 100) | {"target": "classes"}
+        return cls(**recipe | dict(weights="learned", classify="z", temperature=1.0) | changes)
+
+
+def mixed_block(make: Callable, *arguments, **keywords) -> nn.Module:
+    """A block of make(...) with a w_t. It starts at α_t = 1/2: the paper says nothing of that."""
+    block = make(*arguments, **keywords)
+    block.w = nn.Parameter(torch.tensor(0.5).atanh())
+    return block
+
+
+class Mixed(NoProp):
+    """A chain of such blocks. Its classifier reads z_T, as in the paper, or û_T, as the config says."""
+
+    config: BackpropConfig
+
+    def step(self, t: int, image: Tensor, z: Tensor, temperature=0.0, noise=None) -> tuple[Tensor, Tensor]:
+        """û_t and z_t from images and z_{t-1}, (B, D) each. Equation 18; it draws nothing."""
+        u_hat, _ = super().step(t, image, z)
+        alpha = self.blocks[t - 1].w.tanh()
+        return u_hat, (1 - alpha) * z + alpha * u_hat
+
+    def classify(self, u_hat: Tensor, z: Tensor) -> Tensor:
+        """Class logits (B, classes), of what the config says."""
+        return self.classifier(z if self.config.classify == "z" else u_hat)
+
+
+def draw_mixed(model: Mixed, test: Split):
+    """The script's picture. Were û_t = u, z_t would have the mean s u and the deviation 1 - s of noise."""
+    rest = torch.stack([1 - block.w.detach().double().tanh() for block in model.blocks]).cpu().cumprod(0)
+    rest = torch.cat([rest.new_ones(1), rest])
+    return draw_denoising(ScaledChain(model, 1 - rest, rest.clamp_min(0.1)), test)
 
 
 def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:
@@ -39,9 +83,16 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
         seed_dropout(block, partial(state.draw, t))
     short = config.precision == "bfloat16"
     with config.threads_of_step(image.device):  # blocks wait for each other: all cores on each of them
+        z, logits = model.start(image), []
+        if config.temperature:
+            z = config.temperature * state.draw(0, "z_0", z.shape)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
-            logits = model(image)[:, -1]
-        loss = F.cross_entropy(logits.float() if short else logits, label)
+            for t in range(1, config.num_blocks + 1):
+                u_hat, z = model.step(t, image, z)
+                if t == config.num_blocks or config.supervise == "every":
+                    logits.append(model.classify(u_hat, z))
+        logits = [x.float() if short else x for x in logits]
+        loss = sum(F.cross_entropy(x, label) for x in logits) / len(logits)
         loss.backward()
         through_w = config.target == "classes" and config.learns_embedding
         names = [name for name in state.parts if name != "label_embedding" or through_w]

@@ -210,13 +210,15 @@ def image_block(make, image_shape, embed_dim, num_classes, target) -> nn.Module:
     Figure 6 of the paper. D is the size of an image, (C, H, W) of image_shape.
     """
     block = make(image_shape, embed_dim, num_classes, target=target)
-    path = copy.deepcopy(block.image)
+    path, head = copy.deepcopy(block.image), block.head[0]
     for layer in path.modules():
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
+    before, after = (
+        [x.out_features for x in way.modules() if isinstance(x, nn.Linear)][-1] for way in (block.label, path)
+    )
     block.label = nn.Sequential(nn.Unflatten(1, image_shape), *path)
-    width = [layer.out_features for layer in path if isinstance(layer, nn.Linear)][-1]
-    block.head[0] = nn.Linear(2 * width, block.head[0].out_features)
+    block.head[0] = nn.Linear(head.in_features - before + after, head.out_features)
     return block
 
 

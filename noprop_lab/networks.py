@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import noprop_example as noprop
 from noprop_example import CPU, SIZES, Data, DenoisingBlockPaper, Failure, NoProp, State
-from noprop_lab.backprop import BackpropConfig
+from noprop_lab.backprop import BackpropConfig, Mixed, mixed_block
 from noprop_lab.cascade import Cascade, CascadeConfig, cascade_blocks
 from noprop_lab.ct import CT, CTConfig, CTFlow, NoiseSchedule
 from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, image_block, prototypes
@@ -37,13 +37,16 @@ def build(config: LabConfig, device=CPU, content: dict[str, Any] | None = None) 
     if isinstance(config, FlowConfig):
         ct = isinstance(config, CTConfig)
         schedule = NoiseSchedule(config.alpha_bar_start, config.alpha_bar_end) if ct else None
-        block = partial(FlowBlock, size=config.block, schedule=schedule)
-        return noprop.build(config, device, content, block, CTFlow if ct else FMFlow)
-    kind = ReadsZ if config.classify == "z" else NoProp
-    block = PaperBlock if config.block == "paper" else partial(DenoisingBlockPaper, size=SIZES[config.block])
+        block, kind = partial(FlowBlock, size=config.block, schedule=schedule), CTFlow if ct else FMFlow
+    else:
+        size = SIZES.get(config.block)
+        block = partial(DenoisingBlockPaper, size=size) if size else PaperBlock
+        kind = ReadsZ if config.classify == "z" else NoProp
     if isinstance(config, CascadeConfig):
         return noprop.build(config, device, content, cascade_blocks(block, config.hand_on), Cascade)
     block = partial(image_block, block) if config.embedding == "prototype" else block
+    if isinstance(config, BackpropConfig) and config.weights == "learned":
+        block, kind = partial(mixed_block, block), Mixed
     return noprop.build(config, device, content, block, kind)
 
 

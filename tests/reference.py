@@ -13,7 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 T, ETA, LAMBDA = 3, 2.0, 1.0
 CLIP, DECAY, DECAY_W, MAX_NORM, AVERAGE = 0.05, 0.3, 0.2, 0.98, 0.998
 
-LEARNED = "weight", "bias", "gamma_0", "spread", ".w", ".v", ".b"  # the last five: of the noise schedule
+# the last five: of the noise schedule; "w" also of a chain that learns its α_t
+LEARNED = "weight", "bias", "gamma_0", "spread", "w", ".v", ".b"
 
 
 def level(t: int) -> float:
@@ -93,23 +94,32 @@ class Trainer:
             loss = loss + torch.distributions.kl_divergence(q, prior).sum(1).mean()
         return loss + F.cross_entropy(read @ self.parts[-2]["weight"].T + self.parts[-2]["bias"], y)
 
-    def chain(self, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
-        """Cross-entropy at the end of the chain, from z = 0. At equal weights z_t/√ᾱ_t is the mean of û."""
-        z, mean = x.new_zeros(len(x), W.shape[1]), 0
+    def chain(self, x: Tensor, y: Tensor, W: Tensor, z: Tensor) -> Tensor:
+        """Cross-entropy at the end of the chain, from z = 0. At equal weights z_t/√ᾱ_t is the mean of û.
+
+        "learned": equations 17-19 of the paper, from z ~ N(0, I). "every": the mean of all blocks' losses.
+        """
+        learned, losses, mean = "learned" in self.objective, [], 0
+        z = z if learned else torch.zeros_like(z)
         for t in range(1, T + 1):
             u_hat = self.estimate(t, x, z, W)
             mean = mean + (u_hat - mean) / t
-            z = math.sqrt(level(t)) * mean
-        return F.cross_entropy(u_hat @ self.parts[-2]["weight"].T + self.parts[-2]["bias"], y)
+            alpha = self.parts[t - 1]["w"].tanh() if learned else None
+            z = (1 - alpha) * z + alpha * u_hat if learned else math.sqrt(level(t)) * mean
+            read = z if learned else u_hat
+            logits = read @ self.parts[-2]["weight"].T + self.parts[-2]["bias"]
+            losses.append(F.cross_entropy(logits, y))
+        return sum(losses) / T if "every" in self.objective else losses[-1]
 
     def step(self, x: Tensor, y: Tensor, lr: float, eps: list[Tensor], eps_T: list[Tensor]) -> None:
         """One step of all parts, on images x, labels y and the draws of blocks 1 ... T."""
         W, gradient = self.parts[-1]["weight"], 0
-        if self.objective == "backprop":
+        whole = self.objective.startswith("backprop")
+        if whole:
             own = W.detach().clone().requires_grad_()
-            self.chain(x, y, own).backward()
+            self.chain(x, y, own, eps[0]).backward()
             gradient = own.grad  # None where no block reads W
-        for t in range(1, T + 1) if self.objective != "backprop" else ():
+        for t in range(1, T + 1) if not whole else ():
             own = W.detach().clone().requires_grad_()
             self.losses(t, x, y, own, eps[t - 1], eps_T[t - 1]).backward()
             gradient = gradient + own.grad

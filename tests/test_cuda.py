@@ -32,6 +32,7 @@ CONFIGS = {
     "ct": lambda: CTConfig(steps=3, **QUICK),
     "fm": lambda: FMConfig(steps=3, **QUICK),
     "backprop": lambda: BackpropConfig(num_blocks=3, **QUICK),
+    "backprop, paper": lambda: BackpropConfig.paper(num_blocks=3, **QUICK),
     "cascade": lambda: CascadeConfig(num_blocks=3, **QUICK),
 }
 

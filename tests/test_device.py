@@ -45,6 +45,7 @@ STATES = {
     "ct": lambda: LabState(CTConfig(batch_size=16, steps=3), META),
     "fm": lambda: LabState(FMConfig(batch_size=16, steps=3), META),
     "backprop": lambda: LabState(BackpropConfig(**SIZES), META),
+    "backprop, paper": lambda: LabState(BackpropConfig.paper(**SIZES), META),
     "cascade": lambda: LabState(CascadeConfig(**SIZES), META),
 }
 

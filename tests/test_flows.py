@@ -441,7 +441,7 @@ def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, cap
             "only a learned embedding has a classifier",
         ),
         ("--objective fm --blocks 1 --embedding fixed", "fm trains one network as a whole"),
-        ("--objective backprop --preset paper", "--preset paper is a setting of --objective dt, ct or fm"),
+        ("--objective hybrid --preset paper", "--preset paper is a setting of --objective dt, ct"),
         ("--objective ct --preset reference", "target has no effect on this objective"),
     ],
 )

@@ -12,8 +12,10 @@ from torch import nn
 from noprop_lab import backprop, cascade, dt
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeChain, CascadeConfig
+from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
+from noprop_lab.fm import FMConfig
 from noprop_lab.networks import LabState, load
 from noprop_lab.settings import WEIGHTS, LabConfig
 
@@ -139,6 +141,12 @@ def test_z_goes_through_convolutions_where_embeddings_are_images(small_data):
         assert not any(torch.equal(x.weight, y.weight) for x, y in zip(*paths, strict=True))
         image = torch.zeros(10, 1, 28, 28)
         assert not torch.equal(block(image, z, 0.5, z), block(image, z.roll(1, 0), 0.5, z))
+    for kind in (CTConfig, FMConfig):
+        for size in ("small", "paper"):
+            block = LabState(kind(block=size, embedding="prototype"), CPU, small_data).model.blocks[0]
+            paths = [[x for x in y.modules() if isinstance(x, nn.Conv2d)] for y in (block.image, block.label)]
+            assert [x.weight.shape for x in paths[0]] == [x.weight.shape for x in paths[1]]
+            block.eval()(block.eval().image(image), z, torch.full((10,), 0.5))
 
 
 def test_prototypes_are_the_most_central_images(small_data):
@@ -213,13 +221,13 @@ def test_the_twin_is_trained_through_all_blocks(batch):
 def test_all_threads_of_the_twin_share_a_step_and_are_given_back(batch, monkeypatch):
     """The step's number of threads is the config's, whatever --threads says; also where the step raises."""
     state, seen = LabState(BackpropConfig(**TINY, step_threads=3)), []
-    forward = type(state.model).forward
+    start = type(state.model).start
 
     def watched(model, *arguments):
         seen.append(torch.get_num_threads())
-        return forward(model, *arguments)
+        return start(model, *arguments)
 
-    monkeypatch.setattr(type(state.model), "forward", watched)
+    monkeypatch.setattr(type(state.model), "start", watched)
     with noprop.workers(CPU, 1) as parallel:
         backprop.train_step(state, *batch, 1e-3, parallel)
         assert seen == [3] and torch.get_num_threads() == 1
@@ -311,9 +319,12 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dt", "backprop", "cascade"])
+@pytest.mark.parametrize(
+    "objective", ["dt", "backprop", "backprop --weights learned --temperature 1", "cascade"]
+)
 def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, objective, capsys):
-    flags = ["train", *flags_of(tmp_path, f"--objective={objective}", "--threads=1", epochs=2)]
+    flags = ["train", *flags_of(tmp_path, "--objective", *objective.split(), "--threads=1", epochs=2)]
+    objective, *more = objective.split()
     assert lab.main(flags) == 0
     names = {name.format(objective) for name in noprop.OUTPUTS}
     assert {path.name for path in tmp_path.glob("[!.]*")} == names
@@ -324,7 +335,7 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
     assert lab.main([*evaluate, "--early-exit=0.999999999"]) == lab.main(evaluate) == 0
     exit_late, chain = re.findall("Test accuracy (.*)", capsys.readouterr().out)
     assert exit_late == chain
-    if objective == "dt":
+    if objective == "dt" or more:
         refused(capsys, 2, [*evaluate[:2], "--early-exit=0.9"], "--early-exit does not sample")
     assert lab.main([*flags, "--resume"]) == 0
     assert "2 epochs and 8 steps are done" in capsys.readouterr().out

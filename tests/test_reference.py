@@ -32,19 +32,24 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-NAMES = ("hybrid", "hybrid, classes", "dt", "dt, each", "backprop", "backprop, classes")
+NAMES = ("hybrid", "hybrid, classes", "dt", "dt, each")
+NAMES += ("backprop", "backprop, classes", "backprop, learned", "backprop, every")
 
 
 def states(embedding: str) -> dict[str, noprop.State]:
     weights = dict(eta_loss_weight=reference.ETA, lambda_global=reference.LAMBDA, embedding=embedding)
     dt = DTConfig(**SETTINGS, eta_loss_weight=reference.ETA, embedding=embedding)
+    twin = BackpropConfig(**SETTINGS, embedding=embedding)
+    papers = dict(weights="learned", target="classes", classify="z", temperature=1.0)
     return {
         "hybrid": noprop.State(noprop.Config(**SETTINGS, **weights)),
         "hybrid, classes": LabState(LabConfig(**SETTINGS, **weights, target="classes")),
         "dt, each": LabState(dt),
         "dt": LabState(replace(dt, updates="last")),
-        "backprop": LabState(BackpropConfig(**SETTINGS, embedding=embedding)),
-        "backprop, classes": LabState(BackpropConfig(**SETTINGS, embedding=embedding, target="classes")),
+        "backprop": LabState(twin),
+        "backprop, classes": LabState(replace(twin, target="classes")),
+        "backprop, learned": LabState(replace(twin, **papers)),
+        "backprop, every": LabState(replace(twin, supervise="every")),
     }
 
 
@@ -62,7 +67,7 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
     """Weights, averages, batch-norm statistics, embedding; the clip, both decays and the row norms act."""
     state = states(embedding)[name]
     classes, learned = state.config.target == "classes", embedding == "learned"
-    objective = name if name == "dt, each" else state.config.objective
+    objective = name if name == "dt, each" or name.startswith("backprop") else state.config.objective
     slow = reference.Trainer(state.model.state_dict(), objective, learned, classes)
     step = step_of(state.config)
     for k, lr in enumerate((0.003, 0.01, 0.002)):
@@ -74,13 +79,16 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
             return torch.randn(shape, generator=noprop.generator(state.config.seed, purpose, t, k))
 
         eps, eps_T = ([draw(x, t) for t in range(1, reference.T + 1)] for x in ("noise", "z_T"))
+        eps = [draw("z_0", 0)] if "learned" in name else eps
         slow.step(image, label, lr, eps, eps_T)
         results = step(state, image, label, lr)
         state.step += 1
         assert max(norm for _, norm in results.values()) > reference.CLIP
     same_weights(slow, state)
     rows = state.model.label_embedding.weight.norm(dim=1)
-    assert (rows <= reference.MAX_NORM + 1e-12).all() == (learned and name != "backprop")
+    assert (rows <= reference.MAX_NORM + 1e-12).all() == (
+        learned and name not in ("backprop", "backprop, every")
+    )
 
 
 @pytest.mark.parametrize("hand_on", ["features", "label", "nothing"])
