@@ -76,6 +76,8 @@ OBJECTIVES = {  # name: flags, beside two epochs
     "NoProp-DT, one-hot, learning rate 0.004": [DT, ONE_HOT, "--lr=0.004"],
     "NoProp-DT, prototypes": [DT, PROTOTYPES],
     "NoProp-DT, prototypes, learning rate 0.004": [DT, PROTOTYPES, "--lr=0.004"],
+    "NoProp-DT, one-hot, as far apart as prototypes": [DT, ONE_HOT, "--embed-scale=6.5"],
+    "NoProp-DT, prototypes, as near as one-hot": [DT, PROTOTYPES, "--embed-scale=0.154"],
     "one update a step, embedding learned": LAST,
     "one update a step, embedding learned, learning rate 0.003": [*LAST, "--lr=0.003"],
     "one update a step, one-hot": [*LAST, ONE_HOT],

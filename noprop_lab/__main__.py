@@ -158,6 +158,8 @@ def train(
     """Train, evaluate, write all files; returns the exit code."""
     if options.embedding_from and config.embedding != "fixed":
         raise Failure("--embedding-from freezes the embedding that it takes: leave --embedding out")
+    if options.embedding_from and config.embed_scale != 1:
+        raise Failure("--embedding-from takes an embedding as long as it is: leave --embed-scale out")
     embedding = embedding_from(options.embedding_from, config) if options.embedding_from else None
     data = load_data(config, options.data_root, device)
     _, size = parallel.rank_and_size()

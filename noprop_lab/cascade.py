@@ -36,7 +36,7 @@ class CascadeConfig(LabConfig):
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "onehot"  # as it must be: there is none
 
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global", "target", "classify", "weights")
-    WITHOUT_EFFECT += ("embedding", "embed_wd", "max_norm_embed")
+    WITHOUT_EFFECT += ("embedding", "embed_scale", "embed_wd", "max_norm_embed")
     together = "blocks of a cascade learn from those before them"
 
 

@@ -101,6 +101,7 @@ class LabState(State):
                 nn.init.eye_(model.label_embedding.weight)
             if config.embedding == "prototype" and data:
                 model.label_embedding.weight.copy_(prototypes(data.train, config.num_classes))
+            model.label_embedding.weight.mul_(config.embed_scale)
             if embedding is not None:
                 model.label_embedding.weight.copy_(embedding)
         super().__init__(config, device, model, objective_of(config))

@@ -44,6 +44,7 @@ class LabConfig(Config):
     embed_dim: int | None = None  # D, of the label embedding; None: 20, or as many as classes
     block: Literal["small", "deep", "reference", "paper"] = "small"  # paper: the paper's own, 2.0 M weights
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "learned"  # prototype: an image a class
+    embed_scale: float = 1.0  # by which the start of the embedding is multiplied: its SNR, by the square
     classify: Literal["u_hat", "z"] = "u_hat"  # what the classifier reads: û_T, or z_T
     # Recipe
     all_images: bool = False  # train on the validation images too; takes --select last
@@ -65,6 +66,8 @@ class LabConfig(Config):
         super().__post_init__()
         if self.embed_dim not in (None, self.dim):
             raise Failure(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
+        if self.embed_scale == 0:
+            raise Failure("embed_scale 0 makes all labels the same")
         if self.image_size < 28:
             raise Failure(f"image_size must be at least 28, not {self.image_size}")
         if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
@@ -124,7 +127,7 @@ class LabConfig(Config):
     def saved(self) -> dict[str, Any]:
         """The script's fields, and of the lab's those that say something: the script reads what it knows."""
         ours = dict(classify="u_hat", all_images=False, image_size=32, classes=(), mirror=False)
-        ours |= dict(dataset="mnist", blocks=None)
+        ours |= dict(dataset="mnist", blocks=None, embed_scale=1.0)
         whole = asdict(self) | {"embed_dim": self.dim}
         kept = {name: x for name, x in whole.items() if name not in ours or x != ours[name]}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in kept.items()}

@@ -152,6 +152,8 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("train --objective backprop --eta-loss-weight 1", "eta_loss_weight has no effect on this objective"),
         ("train --objective backprop --blocks 1 --embedding fixed", "backprop trains one network as a whole"),
         ("train --objective cascade --blocks 1", "blocks of a cascade learn from those before them"),
+        ("train --embed-scale 0", "embed_scale 0 makes all labels the same"),
+        ("train --embedding-from F --embed-scale 2", "leave --embed-scale out"),
         ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
         ("train --objective backprop --classify z", "without --weights learned, backprop takes no"),
         ("train --objective dt --weights learned", "weights"),

@@ -156,9 +156,11 @@ def test_prototypes_are_the_most_central_images(small_data):
         own = images[labels == label]
         medians = [torch.stack([(x - y).norm() for y in own]).median() for x in own]
         assert torch.equal(found[label], own[torch.stack(medians).argmin()])
-    state = LabState(DTConfig(**TINY, embedding="prototype"), CPU, small_data)
-    assert torch.equal(state.model.label_embedding.weight, found)
-    assert torch.equal(state.averaged.label_embedding.weight, found)
+    for scale in (1.0, 0.25):
+        config = DTConfig(**TINY, embedding="prototype", embed_scale=scale)
+        state = LabState(config, CPU, small_data)
+        for network in (state.model, state.averaged):
+            assert torch.equal(network.label_embedding.weight, scale * found)
     with pytest.raises(noprop.Failure, match="class 9 has none"):
         few = labels < 9
         dt.prototypes(noprop.Split(small_data.train.images[few], labels[few]), 10)
