@@ -3,6 +3,7 @@
     python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (2 hours)
     python benchmarks/evidence.py ladder --seeds 5       what the chain of blocks does (5 runs of the default)
     python benchmarks/evidence.py objectives --seeds 2   NoProp-DT's embeddings and learning rates, two epochs
+    python benchmarks/evidence.py embeddings --seeds 2   of the same runs: at which blocks z tells the label
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
     python benchmarks/evidence.py paper --fashion-mnist DIR   the paper's table, runs of 200 s or less (3 h)
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
@@ -132,11 +133,12 @@ ABLATION = {  # name: flags, beside two epochs
 
 
 ALONE = ["--threads=1"]  # two runs at once, each on a core of its own
+TWO_EPOCHS = ["--epochs=2", *ALONE]
 
 
 def after_two_epochs(settings: dict[str, list[str]], seeds: range) -> dict[str, list[float]]:
     """Validation accuracies by seed of the runs with each setting's flags."""
-    runs = run({name: ["--epochs=2", *ALONE, *flags] for name, flags in settings.items()}, seeds, at_once=2)
+    runs = run({name: [*TWO_EPOCHS, *flags] for name, flags in settings.items()}, seeds, at_once=2)
     return {name: [x["val_accuracy"] for x in of_one] for name, of_one in runs.items()}
 
 
@@ -299,11 +301,39 @@ def objectives(seeds: range) -> Rows:
     return differences(after_two_epochs(OBJECTIVES, seeds))
 
 
+@torch.inference_mode()
+def follows(model: noprop.NoProp, val: noprop.Split, t: int) -> float:
+    """Percent of images for which û_t is nearest to the label that z_{t-1} was made for, a wrong one."""
+    W, level, draws = model.label_embedding.weight, model.steps[t - 1][0], noprop.generator("follows", t)
+    wrong = (val.labels + torch.randint(1, 10, val.labels.shape, generator=draws)) % 10
+    found = 0.0
+    for images, label in zip(val.images.split(500), wrong.split(500), strict=True):
+        z = noprop.noisy_label(W[label], torch.randn(len(label), W.shape[1], generator=draws), level)
+        u_hat = noprop.clean_label(z, model.blocks[t - 1](noprop.to_float(images), z, level, W), level)
+        found += (torch.cdist(u_hat, W).argmin(1) == label).sum().item()
+    return 100 * found / len(wrong)
+
+
+def embeddings(seeds: range) -> Rows:
+    """Why do prototypes do worse? Where z tells the label: two epochs of NoProp-DT, on validation images."""
+    names = [x for x in OBJECTIVES if "NoProp-DT" in x and "learning rate" not in x and "learned" not in x]
+    settings = {name: OBJECTIVES[name] for name in names}
+    accuracies, val = after_two_epochs(settings, seeds), noprop.load_data(noprop.Config()).val
+    rows: Rows = {}
+    for name, flags in settings.items():
+        folders = [folder_of([*TWO_EPOCHS, *flags], seed) for seed in seeds]
+        models = [network_of(folder) for folder in folders]
+        rows[name] = {"validation accuracy": accuracies[name]}
+        for t in (2, 4, 6, 8, 10):
+            rows[name][f"follows a wrong z, block {t}"] = [follows(model, val, t) for model in models]
+    return rows
+
+
 def ablation(seeds: range) -> Rows:
     """Which change matters? Each taken back alone: validation accuracy after two epochs, by seed."""
     columns = after_two_epochs(ABLATION, seeds)
     val = noprop.load_data(noprop.Config()).val
-    results = [inference(model, val) for model in networks(seeds, "--epochs=2", *ALONE)]
+    results = [inference(model, val) for model in networks(seeds, *TWO_EPOCHS)]
     return differences(columns | {name: [result[name] for result in results] for name in results[0]})
 
 
@@ -349,7 +379,9 @@ def cheaper(_seeds: range) -> Rows:
 
 # --- Report ------------------------------------------------------------------------------------------------
 
-TABLES = {table.__name__: table for table in (headline, ladder, objectives, ablation, paper, cheaper)}
+TABLES = {
+    table.__name__: table for table in (headline, ladder, objectives, embeddings, ablation, paper, cheaper)
+}
 BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
 
@@ -385,8 +417,9 @@ def draw(rows: Rows, title: str):
     """A dot a seed, and mean ± standard error, a row a line; or the activations by T."""
     from matplotlib.figure import Figure
 
-    known = ("test accuracy", "Δ", "MNIST, %", "Fashion-MNIST, %")
+    known = ("test accuracy", "Δ", "validation accuracy", "MNIST, %", "Fashion-MNIST, %")
     columns = [column for column in known if column in next(iter(rows.values()))]
+    columns = ["Δ"] if "Δ" in columns else columns
     height = 1.1 + 0.27 * len(rows) if columns else 4.5
     figure = Figure(figsize=(9 + 3 * (len(columns) > 1), height), layout="constrained")
     panels = figure.subplots(1, max(1, len(columns)), squeeze=False)[0]
@@ -433,7 +466,7 @@ def dots(axes, rows: Rows, column: str) -> None:
         place = (lambda x: np.maximum(100 - x, 0.1)) if column != "Δ" else np.asarray
         axes.plot(place(values), np.full(len(values), y), "o", color=color, alpha=0.3, markersize=5)
         axes.errorbar(place(middle), y, xerr=error, fmt="|", color=color, markersize=10, capsize=3)
-        if theirs := row.get(f"the paper, {column.removesuffix(', %')}"):
+        if theirs := row.get(f"the paper, {column[:-3]}"):
             axes.plot(place(np.array(theirs)), [y], "x", color=RED)
         text = f"{middle:{'+' if column == 'Δ' else ''}.2f} ± {error:.2f}"
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=color)
@@ -449,11 +482,10 @@ def dots(axes, rows: Rows, column: str) -> None:
         )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     else:
-        crosses = "; ×: the paper" * any(
-            f"the paper, {column.removesuffix(', %')}" in row for row in rows.values()
-        )
+        crosses = "; ×: the paper" * any(f"the paper, {column[:-3]}" in row for row in rows.values())
+        of = "validation" if column.startswith("validation") else "test"
         axes.set(
-            xscale="log", xlabel=f"test error in %, logarithmic; at the right, test accuracy in %{crosses}"
+            xscale="log", xlabel=f"{of} error in %, logarithmic; at the right, {of} accuracy in %{crosses}"
         )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[-1] in "25" else ""))
