@@ -422,7 +422,17 @@ EARLY_EXIT = [
 ]
 
 BACKPROP = [
-    ("twin: the loss of block 1", "logits = model(image)[:, -1]", "logits = model(image)[:, 0]"),
+    ("twin: the loss of block 1", "if t == config.num_blocks or", "if t == 1 or"),
+    ("twin: with a loss at every block, only the last one's", 'config.supervise == "every"', "False"),
+    (
+        "the paper's rival: û and z change places",
+        "(1 - alpha) * z + alpha * u_hat",
+        "alpha * z + (1 - alpha) * u_hat",
+    ),
+    ("the paper's rival: α is w", "self.blocks[t - 1].w.tanh()", "self.blocks[t - 1].w"),
+    ("the paper's rival: z_0 = 0 in training", "if config.temperature:", "if False:"),
+    ("the paper's rival: its classifier reads û", 'z if self.config.classify == "z" else u_hat', "u_hat"),
+    ("the paper's rival: α starts at 0.46", "torch.tensor(0.5).atanh()", "torch.tensor(0.5)"),
     ("twin: the same dropout mask in every block", "partial(state.draw, t)", "partial(state.draw, 1)"),
     (
         "twin: the embedding is never trained",

@@ -220,6 +220,21 @@ def test_the_twin_is_trained_through_all_blocks(batch):
     assert all(parameter.grad.any() for parameter in state.model.blocks[0].image.parameters())
 
 
+def test_the_papers_rival_mixes_as_its_alphas_say(batch):
+    """z_t = (1 - α_t) z_{t-1} + α_t û_t, from α = 1/2; with its w at 9, a block leaves û alone."""
+    model = LabState(BackpropConfig(**TINY, weights="learned", classify="z")).model.eval()
+    assert [block.w.tanh().item() for block in model.blocks] == pytest.approx([0.5] * len(model.blocks))
+    image, z = batch[0], torch.randn(len(batch[0]), 20)
+    u_hat, mixed = model.step(
+        1, image, z, 1.0, noprop.generator("none")
+    )  # a temperature is that of z_0 alone
+    torch.testing.assert_close(mixed, (z + u_hat) / 2)
+    torch.testing.assert_close(model(image)[:, 0], model.classifier(model.step(1, image, 0 * z)[1]))
+    with torch.no_grad():
+        model.blocks[0].w.fill_(9.0)
+    torch.testing.assert_close(*model.step(1, image, z))
+
+
 def test_all_threads_of_the_twin_share_a_step_and_are_given_back(batch, monkeypatch):
     """The step's number of threads is the config's, whatever --threads says; also where the step raises."""
     state, seen = LabState(BackpropConfig(**TINY, step_threads=3)), []
