@@ -158,8 +158,9 @@ def main() -> int:
         rows["inference with DDPM's weights"] = by_seed = [x["accuracy"][-1] for x in found]
         print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
     print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")
+    named = [x for x in flags if not x.startswith("--data-root")]
     kept = {"flags": name, "seeds": list(seeds), "versions": results[0]["versions"], "rows": rows}
-    path = Path(__file__).parent / "results" / f"seeds-{folder_of(flags, 0).parent.name}.json"
+    path = Path(__file__).parent / "results" / f"seeds-{folder_of(named, 0).parent.name}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return 0
 
