@@ -199,8 +199,8 @@ def end_of(config: LabConfig) -> Callable:
         return flows.finish
     if isinstance(config, cascade.CascadeConfig):
         return partial(noprop.finish, draw=cascade.draw_answers)
-    if isinstance(config, backprop.BackpropConfig) and config.weights == "learned":
-        return partial(noprop.finish, draw=backprop.draw_mixed)
+    if isinstance(config, backprop.BackpropConfig):
+        return partial(noprop.finish, draw=backprop.draw_answers)
     return parts.end_of_part if config.blocks else noprop.finish
 
 

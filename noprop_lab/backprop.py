@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noprop_example import Failure, NoProp, Split, State, draw_denoising
+from noprop_example import Failure, NoProp, Split, State, draw_denoising, generator
+from noprop_lab.cascade import Answers
 from noprop_lab.dt import paper_recipe, seed_dropout
-from noprop_lab.flows import ScaledChain
 from noprop_lab.settings import WholeConfig
 
 
@@ -69,11 +69,15 @@ class Mixed(NoProp):
         return self.classifier(z if self.config.classify == "z" else u_hat)
 
 
-def draw_mixed(model: Mixed, test: Split):
-    """The script's picture. Were û_t = u, z_t would have the mean s u and the deviation 1 - s of noise."""
-    rest = torch.stack([1 - block.w.detach().double().tanh() for block in model.blocks]).cpu().cumprod(0)
-    rest = torch.cat([rest.new_ones(1), rest])
-    return draw_denoising(ScaledChain(model, 1 - rest, rest.clamp_min(0.1)), test)
+def draw_answers(model: NoProp, test: Split):
+    """The script's picture of a dozen test images: what the chain would answer, cut after block t."""
+
+    def after_each(image: Tensor) -> Tensor:
+        return model(image, model.config.temperature, generator("denoising")).softmax(-1)
+
+    figure = draw_denoising(Answers(model, after_each), test)
+    figure.suptitle("Class probabilities, chain cut after block t; below, hard ones")
+    return figure
 
 
 def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:

@@ -93,28 +93,35 @@ class Cascade(NoProp):
         return u_hat
 
 
-class CascadeChain:
-    """What noprop_example.draw_denoising() needs: z_t in which it reads the mean answer of t blocks, p̄_t.
+class Answers:
+    """What noprop_example.draw_denoising() needs: z_t in which it reads the class probabilities p_t.
 
-    At ᾱ = 1/2, with unit vectors for embeddings, that is log p̄_t / √2.
+    At ᾱ = 1/2, with unit vectors for embeddings, that is log p_t / √2. probabilities_of: images (B, C, H, W)
+    -> p_1 ... p_T, (B, T, classes).
     """
 
-    def __init__(self, model: Cascade):
-        self.model, self.label_embedding = model, model.label_embedding
-        self.probabilities = model.probabilities
+    def __init__(self, model: NoProp, probabilities_of: Callable[[Tensor], Tensor]):
+        self.probabilities, self.probabilities_of = model.probabilities, probabilities_of
+        unit = torch.eye(model.classifier.out_features, device=model.classifier.weight.device)
+        self.label_embedding = nn.Embedding.from_pretrained(unit)
         self.alpha_bar = torch.full((len(model.blocks) + 1,), 0.5, dtype=torch.float64)
 
     def start(self, image: Tensor, temperature: float, noise: torch.Generator) -> Tensor:
-        return image.new_zeros(len(image), self.model.classifier.out_features)
+        return image.new_zeros(len(image), self.label_embedding.embedding_dim)
 
     def step(self, t: int, image: Tensor, z: Tensor, temperature: float, noise) -> tuple[None, Tensor]:
-        mean = self.model(image)[:, :t].softmax(-1).mean(1)
-        return None, mean.clamp_min(1e-38).log() / 2**0.5
+        return None, self.probabilities_of(image)[:, t - 1].clamp_min(1e-38).log() / 2**0.5
+
+
+def mean_answers(model: Cascade, image: Tensor) -> Tensor:
+    """The mean answer of blocks 1 ... t, for each t, (B, T, classes)."""
+    counts = torch.arange(1, len(model.blocks) + 1, device=image.device)
+    return model(image).softmax(-1).cumsum(1) / counts.view(1, -1, 1)
 
 
 def draw_answers(model: Cascade, test: Split):
     """The script's picture of a dozen test images: the mean answer of the blocks up to t."""
-    figure = draw_denoising(CascadeChain(model), test)
+    figure = draw_denoising(Answers(model, partial(mean_answers, model)), test)
     figure.suptitle("Class probabilities, mean of the blocks up to t; below, hard ones")
     return figure
 

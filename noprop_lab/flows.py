@@ -133,23 +133,6 @@ class Flow(NoProp):
         return self.classify(u_hat, z).unsqueeze(1)
 
 
-class ScaledChain:
-    """What noprop_example.draw_denoising() needs: z_t scaled to have the mean and variance of a chain's.
-
-    z_t ~ N(m u, d² I) over √(m² + d²) is N(√ᾱ u, (1-ᾱ) I); mean m and deviation d: (steps + 1,), float64.
-    """
-
-    def __init__(self, model: NoProp, mean: Tensor, deviation: Tensor):
-        self.model, self.label_embedding = model, model.label_embedding
-        self.start, self.probabilities = model.start, model.probabilities
-        size = (mean**2 + deviation**2).sqrt()
-        self.alpha_bar, self.sizes = mean**2 / size**2, size.tolist()
-
-    def step(self, t: int, image: Tensor, z: Tensor, temperature=0.0, noise=None) -> tuple[Tensor, Tensor]:
-        u_hat, z = self.model.step(t, image, z * self.sizes[t - 1], temperature, noise)
-        return u_hat, z / self.sizes[t]
-
-
 def stratified(draw, count: int) -> Tensor:
     """t ~ U(0, 1), (count,), one in each of count equal parts of [0, 1]: less variance than free draws."""
     jitter = draw("t", (count,), torch.rand)

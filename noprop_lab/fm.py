@@ -16,7 +16,7 @@ from torch import Tensor
 
 from noprop_example import Failure
 from noprop_lab.dt import seed_dropout
-from noprop_lab.flows import Flow, FlowConfig, ScaledChain, paper_setting, stratified
+from noprop_lab.flows import Flow, FlowConfig, paper_setting, stratified
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ class FMFlow(Flow):
         squares = (z.unsqueeze(1) - self.label_embedding.weight).square().sum(-1)
         return -squares / (2 * max(self.config.sigma, 0.1) ** 2)
 
-    def as_chain(self) -> ScaledChain:
-        t = torch.linspace(0, 1, self.config.steps + 1, dtype=torch.float64)
-        return ScaledChain(self, t, ((1 - t) ** 2 + max(self.config.sigma, 0.1) ** 2).sqrt())
+    def as_chain(self) -> FMChain:
+        return FMChain(self)
+
+
+class FMChain:
+    """What noprop_example.draw_denoising() needs: z_t scaled to have the mean and variance of a chain's.
+
+    z_t ~ N(t u, ((1-t)² + σ²) I) over √(t² + (1-t)² + σ²) is N(√ᾱ u, (1-ᾱ) I).
+    """
+
+    def __init__(self, model: FMFlow):
+        self.model, self.label_embedding = model, model.label_embedding
+        self.start, self.probabilities = model.start, model.probabilities
+        t = torch.linspace(0, 1, model.config.steps + 1, dtype=torch.float64)
+        size = (t**2 + (1 - t) ** 2 + max(model.config.sigma, 0.1) ** 2).sqrt()
+        self.alpha_bar, self.sizes = t**2 / size**2, size.tolist()
+
+    def step(self, t: int, image: Tensor, z: Tensor, temperature=0.0, noise=None) -> tuple[Tensor, Tensor]:
+        u_hat, z = self.model.step(t, image, z * self.sizes[t - 1], temperature, noise)
+        return u_hat, z / self.sizes[t]

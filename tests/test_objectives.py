@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from noprop_lab import backprop, cascade, dt
 from noprop_lab.backprop import BackpropConfig
-from noprop_lab.cascade import CascadeChain, CascadeConfig
+from noprop_lab.cascade import Answers, CascadeConfig, mean_answers
 from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
@@ -235,6 +236,15 @@ def test_the_papers_rival_mixes_as_its_alphas_say(batch):
     torch.testing.assert_close(*model.step(1, image, z))
 
 
+@pytest.mark.parametrize("more", [{}, {"weights": "learned", "classify": "z"}])
+def test_the_picture_of_a_chain_by_backpropagation_shows_its_answers(more, small_data):
+    """Not the embedding nearest to z_t, by which nothing was trained."""
+    model = LabState(BackpropConfig(**TINY, **more)).averaged
+    figure = backprop.draw_answers(model, small_data.test)
+    shown = [int(axes.get_title().split()[0]) for axes in figure.axes[:6]]
+    assert shown == model.predict(small_data.test.images[:6]).tolist()
+
+
 def test_all_threads_of_the_twin_share_a_step_and_are_given_back(batch, monkeypatch):
     """The step's number of threads is the config's, whatever --threads says; also where the step raises."""
     state, seen = LabState(BackpropConfig(**TINY, step_threads=3)), []
@@ -302,7 +312,7 @@ def test_a_cascade_reads_what_its_blocks_hand_on(hand_on, batch):
         if hand_on == "label":
             z = sum(answers) / len(answers)
     torch.testing.assert_close(model.probabilities(image), torch.stack(answers, 1))
-    chain = CascadeChain(model)
+    chain = Answers(model, partial(mean_answers, model))
     drawn = [chain.start(image, 1.0, None)]
     for t in range(1, 4):
         drawn.append(chain.step(t, image, drawn[-1], 1.0, None)[1])
