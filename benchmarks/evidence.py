@@ -67,6 +67,7 @@ HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     "plain CNN of all blocks' size": ["--objective=backprop", "--num-blocks=1", "--block=reference"],
 }
 FIXED, ONE_HOT, PROTOTYPES = (f"--embedding={x}" for x in ("fixed", "onehot", "prototype"))
+NEAR = "--embed-scale=0.154"  # by which MNIST's prototypes are as far from each other as one-hot labels
 # the paper's own rival: backpropagation through a chain that learns its α_t, from noise
 RIVAL = ["--objective=backprop", "--weights=learned", "--target=classes", "--classify=z", "--temperature=1"]
 OBJECTIVES = {  # name: flags, beside two epochs
@@ -79,7 +80,7 @@ OBJECTIVES = {  # name: flags, beside two epochs
     "NoProp-DT, prototypes": [DT, PROTOTYPES],
     "NoProp-DT, prototypes, learning rate 0.004": [DT, PROTOTYPES, "--lr=0.004"],
     "NoProp-DT, one-hot, as far apart as prototypes": [DT, ONE_HOT, "--embed-scale=6.5"],
-    "NoProp-DT, prototypes, as near as one-hot": [DT, PROTOTYPES, "--embed-scale=0.154"],
+    "NoProp-DT, prototypes, as near as one-hot": [DT, PROTOTYPES, NEAR],
     "one update a step, embedding learned": LAST,
     "one update a step, embedding learned, learning rate 0.003": [*LAST, "--lr=0.003"],
     "one update a step, one-hot": [*LAST, ONE_HOT],
@@ -100,9 +101,11 @@ PAPER = {  # name: flags, and the paper's own accuracy on MNIST, with its networ
     "NoProp-DT, one-hot": ([*TWO_EPOCHS, DT, ONE_HOT], 99.47),
     "NoProp-DT, learned, D = 20": ([*TWO_EPOCHS, DT], 99.49),
     "NoProp-DT, prototypes": ([*IMAGES, DT, PROTOTYPES], 99.54),
+    "NoProp-DT, prototypes, as near as one-hot": ([*IMAGES, DT, PROTOTYPES, NEAR], None),
     "NoProp-CT, one-hot": ([*ALL_T, CT, ONE_HOT], 97.84),
     "NoProp-CT, learned, D = 20": ([*ALL_T, CT], 97.70),
     "NoProp-CT, prototypes": ([*ALL_T_IMAGES, CT, PROTOTYPES], 97.17),
+    "NoProp-CT, prototypes, as near as one-hot": ([*ALL_T_IMAGES, CT, PROTOTYPES, NEAR], None),
     "NoProp-FM, one-hot": ([*ALL_T, FM, ONE_HOT], 99.21),
     "NoProp-FM, learned, D = 20": ([*ALL_T, FM], 99.29),
     "NoProp-FM, prototypes": ([*ALL_T_IMAGES, FM, PROTOTYPES], 98.52),
