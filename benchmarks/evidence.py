@@ -101,7 +101,6 @@ PAPER = {  # name: flags, and the paper's own accuracy on MNIST, with its networ
     "NoProp-DT, one-hot": ([*TWO_EPOCHS, DT, ONE_HOT], 99.47),
     "NoProp-DT, learned, D = 20": ([*TWO_EPOCHS, DT], 99.49),
     "NoProp-DT, prototypes": ([*IMAGES, DT, PROTOTYPES], 99.54),
-    "NoProp-DT, prototypes, as near as one-hot": ([*IMAGES, DT, PROTOTYPES, NEAR], None),
     "NoProp-CT, one-hot": ([*ALL_T, CT, ONE_HOT], 97.84),
     "NoProp-CT, learned, D = 20": ([*ALL_T, CT], 97.70),
     "NoProp-CT, prototypes": ([*ALL_T_IMAGES, CT, PROTOTYPES], 97.17),
