@@ -42,8 +42,8 @@ class BackpropConfig(WholeConfig):
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> BackpropConfig:
         """The paper's whole setting; meant for a GPU. Neither of our clips is the paper's."""
-        recipe = paper_recipe(dataset, 150 if "cifar" in dataset else 100) | {"target": "classes"}
-        return cls(**recipe | dict(weights="learned", classify="z", temperature=1.0) | changes)
+        chain = dict(weights="learned", target="classes", classify="z", temperature=1.0)
+        return cls(**paper_recipe(dataset) | chain | changes)
 
 
 def mixed_block(make: Callable, *arguments, **keywords) -> nn.Module:

@@ -57,11 +57,12 @@ class DTConfig(LabConfig):
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> DTConfig:
         """The paper's whole setting; meant for a GPU. Neither of our clips is the paper's."""
-        return cls(**paper_recipe(dataset, 150 if "cifar" in dataset else 100) | changes)
+        return cls(**paper_recipe(dataset) | changes)
 
 
-def paper_recipe(dataset: str, epochs: int) -> dict[str, Any]:
-    """What the paper's settings of DT, CT and FM share; but for Adam with L2, where ours is AdamW."""
+def paper_recipe(dataset: str, epochs: int | None = None) -> dict[str, Any]:
+    """What the paper's settings share; but for Adam with L2, where ours is AdamW. epochs: None: a chain's."""
+    epochs = epochs or (150 if "cifar" in dataset else 100)
     recipe = dict(epochs=epochs, patience=epochs, batch_size=128, block="paper", lr=1e-3, schedule="constant")
     recipe |= dict(ema_decay=0.0, augment=False, embed_wd=1e-3, max_norm_embed=1e9, grad_clip=1e9)
     return recipe | {"dataset": dataset}

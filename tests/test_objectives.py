@@ -147,7 +147,7 @@ def test_z_goes_through_convolutions_where_embeddings_are_images(small_data):
             block = LabState(kind(block=size, embedding="prototype"), CPU, small_data).model.blocks[0]
             paths = [[x for x in y.modules() if isinstance(x, nn.Conv2d)] for y in (block.image, block.label)]
             assert [x.weight.shape for x in paths[0]] == [x.weight.shape for x in paths[1]]
-            block.eval()(block.eval().image(image), z, torch.full((10,), 0.5))
+            block.eval()(block.image(image), z, torch.full((10,), 0.5))
 
 
 def test_prototypes_are_the_most_central_images(small_data):
@@ -226,9 +226,7 @@ def test_the_papers_rival_mixes_as_its_alphas_say(batch):
     model = LabState(BackpropConfig(**TINY, weights="learned", classify="z")).model.eval()
     assert [block.w.tanh().item() for block in model.blocks] == pytest.approx([0.5] * len(model.blocks))
     image, z = batch[0], torch.randn(len(batch[0]), 20)
-    u_hat, mixed = model.step(
-        1, image, z, 1.0, noprop.generator("none")
-    )  # a temperature is that of z_0 alone
+    u_hat, mixed = model.step(1, image, z, 1.0, noprop.generator("none"))  # which scales z_0 alone
     torch.testing.assert_close(mixed, (z + u_hat) / 2)
     torch.testing.assert_close(model(image)[:, 0], model.classifier(model.step(1, image, 0 * z)[1]))
     with torch.no_grad():
