@@ -599,8 +599,7 @@ class State:
         self.blocks = list(range(1, config.num_blocks + 1))  # those that are trained here
         self.parts, self.tensors, self.holders = {}, {}, {}  # by name: vector; what is averaged; has a state
         for name, module in self.model.parts().items():
-            both = self.averaged.get_submodule(name), module
-            averaged, vector = (flatten(x) for x in both)
+            averaged, vector = map(flatten, both := (self.averaged.get_submodule(name), module))
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
             optimizer = torch.optim.AdamW([vector], weight_decay=decay, fused=device.type in ("cpu", "cuda"))
             statistics = [[x for x in module.buffers() if x.is_floating_point()] for module in both]
@@ -706,8 +705,7 @@ def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -
     W.requires_grad_(config.learns_embedding)
     short = config.precision == "bfloat16"  # products and convolutions; weights and averages stay float32
     with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
-        block = model.blocks[t - 1]
-        loss, u_hat = objective.block_loss(block, t, model.alpha_bar, image, label, W, draw)
+        loss, u_hat = objective.block_loss(model.blocks[t - 1], t, model.alpha_bar, image, label, W, draw)
         losses = {f"blocks.{t - 1}": loss}
         if t == config.num_blocks or objective.every_block:  # the classifier is the head of the last block
             losses["classifier"] = objective.head_loss(model.classifier, u_hat, label, W, draw)
@@ -1214,9 +1212,11 @@ def next_trial(study, seed: int, objective: Callable[[Any], float]) -> None:
     """Run a trial, print its result. By its number it is seeded: a search that goes on proposes the same."""
     from optuna.samplers import TPESampler
 
-    number = len(study.get_trials(deepcopy=False))
-    study.sampler = TPESampler(seed=generator(seed, "search", number).initial_seed() % 2**32)
-    study.optimize(objective, n_trials=1, callbacks=[lambda _, trial: say(trial_line(trial))])
+    def seeded(trial) -> float:
+        study.sampler = TPESampler(seed=generator(seed, "search", trial.number).initial_seed() % 2**32)
+        return objective(trial)
+
+    study.optimize(seeded, n_trials=1, callbacks=[lambda _, trial: say(trial_line(trial))])
 
 
 def trials_of(study, *states: str) -> list:

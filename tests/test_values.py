@@ -459,11 +459,14 @@ def test_trials_differ_and_a_search_that_goes_on_proposes_the_same():
     """By the seed and the trial's number."""
     import optuna
 
-    def proposed(seed: int, trials: int = 8) -> list[float]:
-        study = optuna.create_study()
+    def proposed(seed: int, trials: int = 8, study=None) -> list[float]:
+        study = study or optuna.create_study()
         for _ in range(trials):
             noprop.next_trial(study, seed, lambda trial: trial.suggest_float("x", 0, 1))
         return [trial.params["x"] for trial in study.trials]
 
     first = proposed(0)
     assert len(set(first)) == 8 and proposed(0) == first and not set(first) & set(proposed(1))
+    study = optuna.create_study()  # of two workers that begin at once, each sees the other's trial
+    study.enqueue_trial({}), study.enqueue_trial({})
+    assert proposed(0, 2) == first[:2] == proposed(0, 2, study)
