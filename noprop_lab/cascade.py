@@ -4,6 +4,8 @@ With f_t(x, z_{t-1}) the class logits of block t, and h_t its code of the image 
     loss of block t   CE(f_t, y)
     z_t               --hand-on features: h_1, ..., h_t, beside each other
                       --hand-on label: the mean of softmax(f_1), ..., softmax(f_t)
+                      --hand-on both: that mean, and h_1, ..., h_t
+                      --hand-on maps: what the second convolution of block t makes of the image and of z_{t-1}
                       --hand-on nothing: 0, so that the blocks are T networks, as a control
 In training as in inference, z is made by the blocks themselves, and is a number to those that read it: no
 gradient crosses. So blocks wait for each other, but only for the way forward.
@@ -11,6 +13,7 @@ gradient crosses. So blocks wait for each other, but only for the way forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noprop_example import NoProp, Split, State, draw_denoising
+from noprop_example import Failure, NoProp, Split, State, draw_denoising
 from noprop_lab.dt import seed_dropout
 from noprop_lab.settings import LabConfig
 
@@ -32,37 +35,83 @@ class CascadeConfig(LabConfig):
 
     objective: ClassVar[str] = "cascade"
     # Objective
-    hand_on: Literal["features", "label", "nothing"] = "features"  # what a block sees of those before it
+    hand_on: Literal["features", "label", "both", "maps", "nothing"] = "features"  # what the next block sees
+    estimates: Literal["live", "averaged"] = "live"  # the weights that make what is handed on, in training
+    z_noise: float = 0.0  # standard deviation of noise on what is handed on, in training
+    own_views: bool = False  # each block augments the images by itself
+    learns: Literal["own", "mean"] = "own"  # cross-entropy of a block's own answer, or of the mean so far
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "onehot"  # as it must be: there is none
 
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global", "target", "classify", "weights")
     WITHOUT_EFFECT += ("embedding", "embed_scale", "embed_wd", "max_norm_embed")
     together = "blocks of a cascade learn from those before them"
+    views = property(lambda self: self.num_blocks if self.own_views else 1)
+
+    def __post_init__(self):
+        """Raises Failure for what does not go together."""
+        super().__post_init__()
+        if self.own_views and not self.augment:
+            raise Failure("own_views are augmented: leave out no_augment")
 
 
 class CascadeBlock(nn.Module):
-    """Block t, from a denoising block: (x, z_{t-1}) -> f_t (B, classes), and h_t (B, width)."""
+    """Block t, from a denoising block that has z of this width: (x, z_{t-1}) -> f_t (B, classes), h_t."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, width: int):
         super().__init__()
-        self.image, self.label, self.head = block.image, block.label, block.head
+        self.image, self.label, self.head, self.z_shape = block.image, block.label, block.head, (width,)
 
     def forward(self, image: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         code = self.image(image)
         return self.head(torch.cat([code, self.label(z)], dim=1)), code
 
 
+class MapsBlock(CascadeBlock):
+    """Block t whose second convolution reads z_{t-1}, the maps (B, C, H, W) of the one before, and makes z_t.
+
+    They are laid into the middle of what the first convolution leaves, so each block sees further than the
+    one before. The way of its label reads 0.
+    """
+
+    def __init__(self, block: nn.Module, width: int, image_shape: tuple[int, int, int]):
+        super().__init__(block, width)
+        first, second = [i for i, x in enumerate(self.image) if isinstance(x, nn.Conv2d)][1:3]
+        self.before, self.middle, self.image = (
+            self.image[:first],
+            self.image[first:second],
+            self.image[second:],
+        )
+        conv, channels = self.middle[0], self.middle[0].out_channels
+        settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1, conv.bias is not None
+        shape = nn.Sequential(self.before, self.middle).eval()(torch.zeros(1, *image_shape)).shape[1:]
+        self.middle[0], self.zeros, self.z_shape = (
+            nn.Conv2d(conv.in_channels + channels, channels, *settings),
+            width,
+            shape,
+        )
+
+    def forward(self, image: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.before(image)
+        high, wide = (outer - inner for outer, inner in zip(maps.shape[2:], z.shape[2:], strict=True))
+        z = F.pad(z, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+        maps = self.middle(torch.cat([maps, z], dim=1))
+        return super().forward(maps, image.new_zeros(len(image), self.zeros))[0], maps
+
+
 def cascade_blocks(make: Callable, hand_on: str) -> Callable:
-    """What NoProp calls for block 1, 2, ...: with features, each reads a longer z than the one before."""
-    before = 1
+    """What NoProp calls for block 1, 2, ...: where features are handed on, each reads a longer z."""
+    before = 0
 
     @torch.no_grad()
     def next_block(image_shape, embed_dim, num_classes, target) -> CascadeBlock:
         nonlocal before
-        inputs = before if hand_on == "features" else num_classes
-        block = CascadeBlock(make(image_shape, inputs, num_classes, target="classes"))
-        before += block.image.eval()(torch.zeros(1, *image_shape)).shape[1]
-        return block.train()
+        width = before + (1 if hand_on == "features" else num_classes)
+        block = make(image_shape, width, num_classes, target="classes")
+        if hand_on == "maps":
+            return MapsBlock(block, width, image_shape).train()
+        if hand_on in ("features", "both"):
+            before += block.image.eval()(torch.zeros(1, *image_shape)).shape[1]
+        return CascadeBlock(block, width).train()
 
     return next_block
 
@@ -73,20 +122,23 @@ class Cascade(NoProp):
     config: CascadeConfig
 
     def start(self, image: Tensor, temperature=0.0, noise=None) -> Tensor:
-        """z_0 = 0: (B, classes), or one number where features are appended to it."""
-        features = self.config.hand_on == "features"
-        return image.new_zeros(len(image), 1 if features else self.classifier.out_features)
+        """z_0 = 0, (B, width): of classes, or 1 where features alone are appended to it; or maps."""
+        return image.new_zeros(len(image), *self.blocks[0].z_shape)
 
-    def handed_on(self, t: int, logits: Tensor, code: Tensor, z: Tensor) -> Tensor:
-        """z_t, as numbers, of what block t makes of z_{t-1}."""
-        if self.config.hand_on == "features":
-            return torch.cat([z, code.detach()], dim=1)
-        return z.lerp(logits.detach().softmax(-1), 1 / t) if self.config.hand_on == "label" else z
+    def handed_on(self, t: int, logits: Tensor, left: Tensor, z: Tensor) -> Tensor:
+        """z_t, as numbers, of z_{t-1} and of what block t makes of it: logits, and its code or maps."""
+        hand_on, classes = self.config.hand_on, logits.shape[1]
+        if hand_on == "maps":
+            return left.detach()
+        if hand_on in ("label", "both"):
+            mean = z[:, :classes].lerp(logits.detach().softmax(-1), 1 / t)
+            z = torch.cat([mean, z[:, classes:]], dim=1)
+        return torch.cat([z, left.detach()], dim=1) if hand_on in ("features", "both") else z
 
     def step(self, t: int, image: Tensor, z: Tensor, temperature=0.0, noise=None) -> tuple[Tensor, Tensor]:
         """f_t and z_t."""
-        logits, code = self.blocks[t - 1](image, z)
-        return logits, self.handed_on(t, logits, code, z)
+        logits, left = self.blocks[t - 1](image, z)
+        return logits, self.handed_on(t, logits, left, z)
 
     def classify(self, u_hat: Tensor, z: Tensor) -> Tensor:
         """Class logits (B, classes) of what step() returns."""
@@ -126,10 +178,21 @@ def draw_answers(model: Cascade, test: Split):
     return figure
 
 
+def several_views(augment: Callable, views: int, images: Tensor, noise: torch.Generator) -> Tensor:
+    """augment(), so many times: (views, B, C, H, W)."""
+    return torch.stack([augment(images, noise) for _ in range(views)])
+
+
 def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=map) -> dict:
-    """A step of every block: {part: (loss, gradient norm)}; the next goes forward as one goes backward."""
-    model, short = state.model, state.config.precision == "bfloat16"
-    z, there = {0: model.start(image)}, [Event() for _ in range(len(model.blocks) + 1)]
+    """A step of every block: {part: (loss, gradient norm)}; the next goes forward as one goes backward.
+
+    image: (B, C, H, W), or a view for each block, (T, B, C, H, W).
+    """
+    config, model = state.config, state.model
+    short, T = config.precision == "bfloat16", len(model.blocks)
+    views = image if image.ndim == 5 else image.expand(T, *image.shape)
+    z, sums = {0: model.start(views[0])}, {0: torch.tensor(-torch.inf, device=image.device)}
+    there = [Event() for _ in range(T + 1)]
     there[0].set()
 
     def train_block(t: int) -> tuple[str, tuple[Tensor, Tensor]]:
@@ -137,10 +200,21 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
         there[t - 1].wait()
         try:
             with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
-                logits, z[t] = model.step(t, image, z[t - 1])
+                before = z[t - 1]
+                if config.z_noise:
+                    before = before + config.z_noise * state.draw(t, "noise", before.shape)
+                logits, left = model.blocks[t - 1](views[t - 1], before)
+                z[t] = model.handed_on(t, logits, left, z[t - 1])
+                if config.estimates == "averaged":
+                    with torch.no_grad():
+                        z[t] = state.averaged.step(t, views[t - 1], z[t - 1])[1]
+            answer = logits.float().log_softmax(-1) if short else logits.log_softmax(-1)
+            if config.learns == "mean":  # of t answers, whose logarithm this is, but for a log t
+                answer = sums[t - 1].logaddexp(answer)
+                sums[t] = answer.detach()
         finally:
             there[t].set()  # the next one would wait for a block that has failed, too
-        loss = F.cross_entropy(logits.float() if short else logits, label)
+        loss = F.nll_loss(answer, label) + (math.log(t) if config.learns == "mean" else 0.0)
         loss.backward()
         return f"blocks.{t - 1}", (loss.detach(), state.update(f"blocks.{t - 1}", lr))
 

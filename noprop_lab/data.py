@@ -8,6 +8,7 @@ import hashlib
 import os
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import noprop_example
 from noprop_example import CPU, Data, Failure, Split, augment, read_mnist, say, send, split_data
+from noprop_lab.cascade import several_views
 from noprop_lab.pictures import read_picture
 from noprop_lab.settings import LabConfig
 
@@ -42,7 +44,14 @@ def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data
     data = split_data(train, test, config, device)
     if config.all_images:
         data = data._replace(train=Split(*(torch.cat(x) for x in zip(data.train, data.val, strict=True))))
-    return data._replace(augment=augment_or_mirror) if config.augment and config.source.flip else data
+    return with_augmentation(data, config)
+
+
+def with_augmentation(data: Data, config: LabConfig) -> Data:
+    """The same images, augmented as that config has it."""
+    how = augment_or_mirror if config.source.flip else augment
+    how = partial(several_views, how, config.views) if config.views > 1 else how
+    return data._replace(augment=how if config.augment else None)
 
 
 def augment_or_mirror(images: Tensor, noise: torch.Generator) -> Tensor:

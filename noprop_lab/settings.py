@@ -58,6 +58,7 @@ class LabConfig(Config):
     WITHOUT_EFFECT = ()  # settings that the objective does not know
     FREE = ("temperature", "weights")  # that each evaluation may change
     together = ""  # why its blocks can't be trained apart
+    views = 1  # of each image, that a step takes
 
     def __post_init__(self):
         """Raises Failure for what does not go together."""

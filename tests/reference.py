@@ -38,13 +38,28 @@ def normalized(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
     return (h - mean) / (variance + 1e-5).sqrt() * scale + shift
 
 
-def code(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What a small network, of weights p, makes of images x."""
-    h = F.max_pool2d(F.conv2d(x, p["image.0.weight"], stride=2), 2, 2, ceil_mode=True)
-    h = F.relu(normalized(h, p, "image.2"))
-    h = F.relu(normalized(F.conv2d(h, p["image.4.weight"]), p, "image.5"))
-    h = F.relu(normalized(F.conv2d(h, p["image.7.weight"]), p, "image.8"))
-    return F.relu(normalized(h.flatten(1) @ p["image.11.weight"].T, p, "image.12"))
+def still(h: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    """Batch norm in inference."""
+    mean, variance, scale, shift = (
+        p[f"{name}.{x}"].view(1, -1, *[1] * (h.ndim - 2))
+        for x in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (h - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+
+def maps(p: dict[str, Tensor], x: Tensor, z: Tensor | None = None, norm=normalized) -> Tensor:
+    """What the first two convolutions of a small network, of weights p, make of images x, and of maps z."""
+    first, second = ("image", "image") if z is None else ("before", "middle")
+    h = F.max_pool2d(F.conv2d(x, p[f"{first}.0.weight"], stride=2), 2, 2, ceil_mode=True)
+    h = F.relu(norm(h, p, f"{first}.2"))
+    h = h if z is None else torch.cat([h, F.pad(z, (1, 1, 1, 1))], 1)
+    return F.relu(norm(F.conv2d(h, p[f"{second}.4.weight"]), p, f"{second}.5"))
+
+
+def code(p: dict[str, Tensor], maps: Tensor, norm=normalized) -> Tensor:
+    """What the rest of its convolutions and its full layer make of them."""
+    h = F.relu(norm(F.conv2d(maps, p["image.7.weight"]), p, "image.8"))
+    return F.relu(norm(h.flatten(1) @ p["image.11.weight"].T, p, "image.12"))
 
 
 def f(p: dict[str, Tensor], code: Tensor, z: Tensor, *more: Tensor) -> Tensor:
@@ -72,7 +87,7 @@ class Trainer:
 
     def estimate(self, t: int, x: Tensor, z: Tensor, W: Tensor) -> Tensor:
         """û_t of z_{t-1}."""
-        out = f(self.parts[t - 1], code(self.parts[t - 1], x), z)
+        out = f(self.parts[t - 1], code(self.parts[t - 1], maps(self.parts[t - 1], x)), z)
         return out.softmax(1) @ W if self.classes else out
 
     def losses(self, t: int, x: Tensor, y: Tensor, W: Tensor, eps: Tensor, eps_T: Tensor) -> Tensor:
@@ -153,21 +168,49 @@ class Trainer:
 
 
 class CascadeTrainer(Trainer):
-    """Cross-entropy of each block's logits; z is what earlier blocks make of the image, as mere numbers."""
+    """Each block learns its logits by cross-entropy; z is what earlier blocks make of the image, a number."""
 
-    def step(self, x: Tensor, y: Tensor, lr: float, hand_on: str) -> list[Tensor]:
-        """One step on images x and labels y; returns the blocks' losses."""
-        z, answers, losses = x.new_zeros(len(x), 1 if hand_on == "features" else 10), [], []
-        for p in self.parts[: self.blocks]:
-            h = code(p, x)
-            logits = f(p, h, z)
-            losses.append(F.cross_entropy(logits, y))
+    def z(self, hand_on: str, answers: list[Tensor], codes: list[Tensor], last: Tensor) -> Tensor:
+        """What is handed on by blocks that answered so, left these codes, and the last of them these maps."""
+        mean = sum(answers) / len(answers)
+        nothing = torch.zeros_like(mean)
+        return {
+            "features": torch.cat([nothing[:, :1], *codes], 1),
+            "label": mean,
+            "both": torch.cat([mean, *codes], 1),
+            "maps": last,
+            "nothing": nothing,
+        }[hand_on]
+
+    def step(
+        self, views: list[Tensor], y: Tensor, lr: float, eps, hand_on, estimates, learns
+    ) -> list[Tensor]:
+        """One step on a view of the images for each block, and labels y; returns the blocks' losses.
+
+        eps(t, shape): the noise, scaled, on what block t reads.
+        """
+        n = len(y)
+        start = {"features": (n, 1), "maps": (n, 32, 4, 4)}.get(hand_on, (n, 10))
+        z, said, answers, codes, losses = torch.zeros(start), [], [], [], []
+
+        def block(p: dict[str, Tensor], x: Tensor, z: Tensor, norm=normalized) -> tuple[Tensor, ...]:
+            m = maps(p, x, z if hand_on == "maps" else None, norm)
+            h = code(p, m, norm)
+            return f(p, h, torch.zeros(n, 10) if hand_on == "maps" else z), h, m
+
+        for t, (p, average) in enumerate(zip(self.parts[:T], self.averages[:T], strict=True), start=1):
+            x = views[t - 1]
+            logits, h, m = block(p, x, z + eps(t, z.shape))
+            mean = (sum(said) + logits.softmax(1)) / t
+            losses.append(-mean[range(n), y].log().mean() if learns == "mean" else F.cross_entropy(logits, y))
             losses[-1].backward()
+            said.append(logits.detach().softmax(1))
+            if estimates == "averaged":
+                with torch.no_grad():
+                    logits, h, m = block(average, x, z, still)
             answers.append(logits.detach().softmax(1))
-            if hand_on == "features":
-                z = torch.cat([z, h.detach()], 1)
-            if hand_on == "label":
-                z = sum(answers) / len(answers)
+            codes.append(h.detach())
+            z = self.z(hand_on, answers, codes, m.detach())
         self.update(lr, None)
         self.k += 1
         return losses
@@ -200,7 +243,7 @@ class FlowTrainer(Trainer):
         """One step on images x and labels y. u: the uniform numbers by which t is drawn, one a draw."""
         p, classifier = self.parts[:2]
         W = self.parts[-1]["weight"].detach().clone().requires_grad_()
-        codes, n, total, ends = code(p, x), len(u), 0, []
+        codes, n, total, ends = code(p, maps(p, x)), len(u), 0, []
         for i in range(n):
             label, h, t = y[i % len(y)], codes[i % len(y)][None], ((i + u[i]) / n).item()
             if self.objective == "ct":

@@ -14,6 +14,7 @@ from noprop_lab import backprop, cascade, dt
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import Answers, CascadeConfig, mean_answers
 from noprop_lab.ct import CTConfig
+from noprop_lab.data import with_augmentation
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.fm import FMConfig
@@ -297,18 +298,18 @@ def test_a_block_that_fails_leaves_none_waiting(batch):
         cascade.train_step(state, batch[0][:, :, :20], batch[1], 1e-3, parallel)
 
 
-@pytest.mark.parametrize("hand_on", ["features", "label", "nothing"])
+@pytest.mark.parametrize("hand_on", ["features", "label", "both", "nothing"])
 def test_a_cascade_reads_what_its_blocks_hand_on(hand_on, batch):
     """And is drawn as the mean answer of the blocks so far."""
     model, answers = LabState(CascadeConfig(**TINY, hand_on=hand_on)).averaged, []
-    image, z = batch[0], torch.zeros(128, 1 if hand_on == "features" else 10)
+    image, codes = batch[0], []
+    mean = start = torch.zeros(128, 1 if hand_on == "features" else 10)
     for block in model.blocks:
-        code = block.image(image)
-        answers.append(block.head(torch.cat([code, block.label(z)], 1)).softmax(-1))
-        if hand_on == "features":
-            z = torch.cat([z, code], 1)
-        if hand_on == "label":
-            z = sum(answers) / len(answers)
+        codes.append(block.image(image))
+        z = {"features": [start, *codes[:-1]], "label": [mean], "both": [mean, *codes[:-1]]}
+        z = torch.cat(z.get(hand_on, [start]), 1)
+        answers.append(block.head(torch.cat([codes[-1], block.label(z)], 1)).softmax(-1))
+        mean = sum(answers) / len(answers)
     torch.testing.assert_close(model.probabilities(image), torch.stack(answers, 1))
     chain = Answers(model, partial(mean_answers, model))
     drawn = [chain.start(image, 1.0, None)]
@@ -317,6 +318,30 @@ def test_a_cascade_reads_what_its_blocks_hand_on(hand_on, batch):
     means = [sum(answers[:t]) / t for t in range(1, 4)]
     found = noprop.classes_in(torch.stack(drawn, 1), chain.label_embedding.weight, chain.alpha_bar)
     torch.testing.assert_close(found, torch.stack([torch.full((128, 10), 0.1), *means], 1))
+
+
+def test_a_block_of_a_cascade_of_maps_sees_further_than_the_one_before(batch):
+    """A pixel moves more of the maps, the later the block; block 1 alone reads no z."""
+    model, seen = LabState(CascadeConfig(**TINY, hand_on="maps")).averaged, []
+    image = batch[0][:8]
+    other = image.clone()
+    other[:, :, 0, 0] += 1
+    z = z_other = model.start(image)
+    for t in range(1, 4):
+        (_, z), (_, z_other) = model.step(t, image, z), model.step(t, other, z_other)
+        seen.append(int((z != z_other).any(1).any(0).sum()))
+    assert z.shape == (8, 32, 4, 4) and seen == [1, 4, 9]
+
+
+def test_each_block_of_a_cascade_can_have_views_of_its_own(small_data):
+    config = CascadeConfig(**TINY, own_views=True)
+    images, noise = small_data.train.images[:4] / 255, noprop.generator("views")
+    views = with_augmentation(small_data, config).augment(images, noise)
+    again = noprop.generator("views")
+    assert torch.equal(views, torch.stack([noprop.augment(images, again) for _ in range(3)]))
+    assert not torch.equal(views[0], views[1])
+    with pytest.raises(noprop.Failure, match="own_views are augmented"):
+        CascadeConfig(own_views=True, augment=False)
 
 
 def test_what_a_cascade_is_not_for(tmp_path, capsys):

@@ -91,16 +91,23 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
     )
 
 
-@pytest.mark.parametrize("hand_on", ["features", "label", "nothing"])
-def test_three_steps_of_a_cascade_are_those_of_the_equations(hand_on, data):
+@pytest.mark.parametrize("ways", [{}, dict(estimates="averaged", z_noise=0.5, own_views=True, learns="mean")])
+@pytest.mark.parametrize("hand_on", ["features", "label", "both", "maps", "nothing"])
+def test_three_steps_of_a_cascade_are_those_of_the_equations(hand_on, ways, data):
+    """As it is, and with all that can be varied."""
     settings = {name: x for name, x in SETTINGS.items() if name not in CascadeConfig.WITHOUT_EFFECT}
-    state = LabState(CascadeConfig(**settings, hand_on=hand_on))
+    state = LabState(config := CascadeConfig(**settings, hand_on=hand_on, **ways))
     slow = reference.CascadeTrainer(state.model.state_dict(), "cascade", False, True)
     for k, lr in enumerate((0.003, 0.01, 0.002)):
         rows = slice(64 * k, 64 * (k + 1))
-        image, label = data.train.images[rows].double() / 255, data.train.labels[rows]
-        losses = slow.step(image, label, lr, hand_on)
-        results = step_of(state.config)(state, image, label, lr)
+        images, label = data.train.images[rows].double() / 255, data.train.labels[rows]
+        views = [images.flip(2), images, images.flip(3)] if config.own_views else [images] * reference.T
+
+        def eps(t: int, shape, k=k) -> torch.Tensor:
+            return config.z_noise * torch.randn(shape, generator=noprop.generator(0, "noise", t, k))
+
+        losses = slow.step(views, label, lr, eps, hand_on, config.estimates, config.learns)
+        results = step_of(config)(state, torch.stack(views) if config.own_views else images, label, lr)
         state.step += 1
         assert list(results) == [f"blocks.{t}" for t in range(reference.T)]
         assert [x.item() for x, _ in results.values()] == pytest.approx([x.item() for x in losses])
