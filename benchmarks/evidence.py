@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from benchmarks import intervals
 from benchmarks.seeds import (
     DOCS,
     best_test_accuracy,
@@ -48,6 +49,7 @@ from noprop_lab.networks import LabState
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
+P = "p, Holm"
 
 DT = "--objective=dt"
 LAST = [DT, "--updates=last"]  # cross-entropy and KL term once a step, blocks side by side
@@ -338,7 +340,10 @@ def ablation(seeds: range) -> Rows:
     columns = after_two_epochs(ABLATION, seeds)
     val = noprop.load_data(noprop.Config()).val
     results = [inference(model, val) for model in networks(seeds, *TWO_EPOCHS)]
-    return differences(columns | {name: [result[name] for result in results] for name in results[0]})
+    rows = differences(columns | {name: [result[name] for result in results] for name in results[0]})
+    for name, p in intervals.adjusted({name: row["Δ"] for name, row in rows.items()}).items():
+        rows[name][P] = [p]
+    return rows
 
 
 def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
@@ -392,29 +397,18 @@ BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
 
 def cell(column: str, values: list[float]) -> str:
+    if column == P:
+        return f"{values[0]:.3f}" if values[0] >= 0.001 else "< 0.001"
     digits = {"seconds": 0, "epochs": 0, "MiB": 1, "nll": 3}
     places = next((n for word, n in digits.items() if word in column), 2)
     return mean(values[:1] if column == "epochs" else values, places).removesuffix(" ± nan")
 
 
-def verdict(apart: list[float]) -> str:
-    """Of differences by seed, in points; 3 standard errors, and at least 0.05 points, are a difference."""
-    delta, error = mean_and_error(apart)
-    delta = abs(delta)
-    if not any(apart):
-        return ""
-    if delta > max(3 * error, 0.05):
-        return "matters"
-    return "less than 0.1" if delta + 3 * error < 0.1 else "not resolved"
-
-
 def markdown(rows: Rows) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    compared = ["verdict"] * ("Δ" in columns)
-    lines = [f"| | {' | '.join(columns + compared)} |", "|---" * (1 + len(columns + compared)) + "|"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, row in rows.items():
         cells = [cell(column, row[column]) if column in row else "" for column in columns]
-        cells += [verdict(row["Δ"]) for _ in compared]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -467,7 +461,7 @@ def dots(axes, rows: Rows, column: str) -> None:
     for y, (name, row) in enumerate(rows.items()):
         values = np.array(row[column])
         middle, error = mean_and_error(row[column])
-        doubtful = column == "Δ" and verdict(row["Δ"]) != "matters"
+        doubtful = row.get(P, [0])[0] > 0.05
         color = RED if re.match("LEAK|BUG", name) else GREY if doubtful else BLUE
         place = (lambda x: np.maximum(100 - x, 0.1)) if column != "Δ" else np.asarray
         axes.plot(place(values), np.full(len(values), y), "o", color=color, alpha=0.3, markersize=5)
@@ -483,7 +477,7 @@ def dots(axes, rows: Rows, column: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     if column == "Δ":
         axes.set_xscale("symlog", linthresh=0.1)
-        unit = "difference of validation accuracy in points, linear up to 0.1; grey: not resolved, or small"
+        unit = "difference of validation accuracy in points, linear up to 0.1; grey: not resolved"
         axes.set_xlabel(unit, loc="right")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     else:

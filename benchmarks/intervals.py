@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
 MARGIN = 0.05  # points of accuracy within which two answers are called the same
@@ -67,3 +68,19 @@ def verdict(apart: np.ndarray, replicates: int) -> str:
     if max(-low, high) < MARGIN:
         return "the same"
     return "better" if low > 0 else "worse" if high < 0 else "not resolved"
+
+
+def adjusted(apart: dict[str, list[float]]) -> dict[str, float]:
+    """Two-sided p of each row's differences by seed, at a spread pooled over all rows, corrected by Holm.
+
+    A few seeds a row don't tell its own spread. A row whose differences are all 0 is not compared.
+    """
+    rows = {name: np.array(x) for name, x in apart.items() if np.any(x)}
+    spread = np.sqrt(np.mean([x.var(ddof=1) for x in rows.values()]))
+    t = {name: abs(x.mean()) / (spread / len(x) ** 0.5) for name, x in rows.items()}
+    freedom = sum(len(x) - 1 for x in rows.values())
+    found, least = {}, 0.0
+    for i, name in enumerate(sorted(t, key=lambda name: -t[name])):
+        least = max(least, (len(t) - i) * 2 * stats.t.sf(t[name], freedom))
+        found[name] = min(1.0, float(least))
+    return found
