@@ -878,7 +878,7 @@ def draw_progress(summary: dict[str, Any]):
         (rates, "lr", "at the end of the epoch"),
     ):
         y = [np.mean(np.array(record[name], float)) for record in history] or [math.nan]  # None: nan
-        axes.plot(range(1, len(y) + 1), y, "o-", ms=4, label=label.format(y[-1]))
+        axes.plot(range(1, len(y) + 1), y, "o-", ms=4, label=label.format(y[-1]) if np.any(y) else None)
     label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
     errors = [standard_error(accuracy, summary["test_images"]) for accuracy in chain]
     blocks.errorbar(range(1, len(chain) + 1), chain, errors, fmt="s-C1", ms=4, capsize=2, label=label)

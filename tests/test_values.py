@@ -435,6 +435,9 @@ def test_what_the_picture_of_a_training_shows():
     assert list(chain.get_ydata()) == [97, 98] and "after each block" in figure.axes[1].get_title()
     error = (segments.get_segments()[0][1, 1] - segments.get_segments()[0][0, 1]) / 2
     assert error == pytest.approx(100 * (0.97 * 0.03 / 400) ** 0.5)
+    cascade = summary | {"history": [record | {"classifier_loss": 0} for record in history]}  # it has none
+    legend = noprop.draw_progress(cascade).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["blocks, mean"]
 
 
 def test_what_the_picture_of_the_denoising_shows(small_data):
