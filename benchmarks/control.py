@@ -60,7 +60,11 @@ def cnns(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
 
 def path_of(config: LabConfig) -> Path:
     """Where the trained network of a config is kept."""
-    return Path("runs/control") / config.dataset / f"{config.objective}-lr{config.lr}-seed{config.seed}.pt"
+    name = f"{config.objective}-lr{config.lr}-seed{config.seed}"
+    name += f"-{config.block}" * (config.block != "small")
+    if config.objective == "backprop" and config.num_blocks > 1:
+        name += f"-chain-{config.supervise}"
+    return Path("runs/control") / config.dataset / f"{name}.pt"
 
 
 def fit(config: LabConfig, data: noprop.Data, digest: str, threads: int) -> None:
@@ -208,6 +212,19 @@ def table(rows: dict[str, np.ndarray], tempered: np.ndarray) -> str:
     for more, less in ((CHAIN, BLOCK), (TEN, ONE), (BLOCK, ONE)):
         apart = interval(accuracy[more] - accuracy[less], 2), interval(loss[more] - loss[less], 4)
         lines.append(f"| {more} − {less} | {' | '.join(apart)} |")
+    return "\n".join(lines)
+
+
+def short_table(rows: dict[str, np.ndarray]) -> str:
+    """The Markdown table of a data set, beside ten CNNs; rows: (R, n, 2, N) each."""
+    columns = "", "accuracy", "nll", "ECE", "accuracy − ten CNNs'", "nll − ten CNNs'"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    accuracy, loss = (resampled(rows, which) for which in (0, 1))
+    for name, kept in rows.items():
+        values = zip(measured(kept), (2, 4, 2), strict=True)
+        cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
+        apart = interval(accuracy[name] - accuracy[TEN], 2), interval(loss[name] - loss[TEN], 4)
+        lines.append(f"| {' | '.join([name, *cells, *(apart if name != TEN else ('', ''))])} |")
     return "\n".join(lines)
 
 

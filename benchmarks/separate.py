@@ -21,9 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, command_line, measured
+from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, command_line, short_table
 from benchmarks.intervals import interval, packed, resampled
-from benchmarks.seeds import mean as mean_and_error
 from benchmarks.seeds import write
 from noprop_lab import networks
 from noprop_lab.data import load_data
@@ -115,15 +114,9 @@ def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> N
 
 
 def table(rows: dict[str, np.ndarray]) -> str:
-    """The Markdown table of a data set; rows: (R, n, 2, N) each."""
-    columns = "", "accuracy", "nll", "ECE", "accuracy − ten CNNs'", "nll − ten CNNs'"
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    """The Markdown tables of a data set; rows: (R, n, 2, N) each."""
     accuracy, loss = (resampled(rows, which) for which in (0, 1))
-    for name, kept in rows.items():
-        values = zip(measured(kept), (2, 4, 2), strict=True)
-        cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
-        apart = interval(accuracy[name] - accuracy[TEN], 2), interval(loss[name] - loss[TEN], 4)
-        lines.append(f"| {' | '.join([name, *cells, *(apart if name != TEN else ('', ''))])} |")
+    lines = [short_table(rows)]
     lines += ["", "| of the mean of ten blocks | accuracy | nll |", "|---|---|---|"]
     arms = {name: f"NoProp's blocks, {name}: mean of ten blocks" for name in ARMS} | {"NoProp": CHAIN_AVERAGE}
     mse, noisy, plain = ARMS

@@ -1,0 +1,97 @@
+"""Fair rivals of NoProp's chain: by backpropagation, each at a learning rate of its own.
+
+    python benchmarks/rivals.py mnist                           train what is missing, evaluate, report
+    python benchmarks/rivals.py fashion_mnist --data-root DIR   DIR has the four files, or FashionMNIST/raw
+    python benchmarks/rivals.py --report                        the tables, from benchmarks/results/
+
+The same chain, with a loss at its end or after every block (deep supervision), and a plain CNN of all blocks'
+size: at the images, epochs, augmentation, averaging and selection of benchmarks/control.py, whose rows for
+NoProp and for ten CNNs stand beside these, so it has to have run. NoProp keeps the learning rate that a
+search on MNIST left; the rivals' are chosen by validation loss, from the CNNs' grid. Networks are kept in
+runs/control/ below the current folder, answers in benchmarks/results/rivals-DATASET-REPLICATE.npz.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import noprop_example as noprop
+from benchmarks import control
+from benchmarks.intervals import packed
+from benchmarks.seeds import write
+from noprop_lab.backprop import BackpropConfig
+from noprop_lab.data import load_data
+from noprop_lab.settings import LabConfig
+
+
+def last(dataset: str, replicate: int, lr: float, **changes) -> list[LabConfig]:
+    """The chain by backpropagation, with NoProp's seeds."""
+    return [BackpropConfig(dataset=dataset, seed=5 + replicate, lr=lr, step_threads=2, **changes)]
+
+
+def every(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
+    """The same, with a loss after every block."""
+    return last(dataset, replicate, lr, supervise="every")
+
+
+def wide(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
+    """One plain CNN of all blocks' size."""
+    return last(dataset, replicate, lr, num_blocks=1, block="reference")
+
+
+RIVALS = {
+    "the chain by backpropagation": last,
+    "the same, a loss after every block": every,
+    "plain CNN of all blocks' size": wide,
+}
+
+
+def path_of(dataset: str, replicate: int) -> Path:
+    """Where the answers of a replicate are kept."""
+    return control.RESULTS / f"rivals-{dataset}-{replicate}.npz"
+
+
+def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data, threads: int) -> None:
+    """Train what is missing, answer the test images, once, and keep the answers."""
+    rows = {}
+    for name, kind in RIVALS.items():
+        [config] = kind(dataset, replicate, lr[kind.__name__])
+        control.train([config], data, threads)
+        log_p = control.log_probabilities(config, data.test)
+        rows[name] = packed(log_p[:, -1], data.test.labels)[None]
+        if kind is every:
+            rows[f"{name}: their mean"] = packed(control.averaged(log_p), data.test.labels)[None]
+    np.savez_compressed(path_of(dataset, replicate), **rows)
+
+
+def report() -> int:
+    """Print the tables, and put them into docs/evidence.md."""
+    parts = []
+    for dataset, title in control.DATASETS.items():
+        paths = sorted(control.RESULTS.glob(f"rivals-{dataset}-[0-9].npz"))
+        if paths:
+            both = [(np.load(x), np.load(control.answers_of(dataset, i))) for i, x in enumerate(paths)]
+            rows = {name: np.stack([own[name] for own, _ in both]) for name in both[0][0].files}
+            beside = {name: np.stack([of[name] for _, of in both]) for name in (control.CHAIN, control.TEN)}
+            parts += [f"**{title}**, replicates: {len(paths)}", control.short_table(rows | beside)]
+            parts.append(control.tried(dataset))
+    noprop.say(text := "\n\n".join(parts))
+    write("rivals", text)
+    return 0
+
+
+def main() -> int:
+    given = control.command_line(__doc__, 3)
+    if not given.report:
+        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
+        lr = control.rates(given.dataset, data, given.threads, tuple(RIVALS.values()))
+        for replicate in range(given.replicates):
+            if not path_of(given.dataset, replicate).exists():
+                evaluate(given.dataset, replicate, lr, data, given.threads)
+    return report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
