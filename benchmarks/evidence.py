@@ -421,7 +421,7 @@ def draw(rows: Rows, title: str):
     columns = [column for column in known if column in next(iter(rows.values()))]
     columns = ["Δ"] if "Δ" in columns else columns
     height = 1.1 + 0.27 * len(rows) if columns else 4.5
-    figure = Figure(figsize=(9 + 3 * (len(columns) > 1), height), layout="constrained")
+    figure = Figure(figsize=(9 + 4 * (len(columns) > 1), height), layout="constrained")
     panels = figure.subplots(1, max(1, len(columns)), squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=False):
         dots(axes, rows, column)
@@ -483,11 +483,12 @@ def dots(axes, rows: Rows, column: str) -> None:
     else:
         crosses = "; ×: the paper" * any(f"the paper, {column[:-3]}" in row for row in rows.values())
         of = "validation" if column.startswith("validation") else "test"
-        axes.set(
-            xscale="log", xlabel=f"{of} error in %, logarithmic; at the right, {of} accuracy in %{crosses}"
-        )
+        right = f"; at the right, {of} accuracy in %" * (len(axes.figure.axes) == 1)
+        axes.set(xscale="log", xlabel=f"{of} error in %, logarithmic{right}{crosses}")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[-1] in "25" else ""))
+        axes.xaxis.set_minor_formatter(
+            FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}".strip("0.") in ("2", "5") else "")
+        )
     finish_axes(axes)
 
 
@@ -513,7 +514,8 @@ def main() -> int:
     more = [arguments.fashion_mnist] if arguments.fashion_mnist else []
     rows = TABLES[name](range(first, first + arguments.seeds), *more)
     print(markdown(rows))
-    kept = {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, "rows": rows}
+    command = ["DIR" if x == str(arguments.fashion_mnist) else x for x in sys.argv[1:]]
+    kept = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"evidence-{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     write_report(name, kept)
