@@ -13,6 +13,7 @@ benchmarks/results/flows-*.json.
 import argparse
 import copy
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -89,7 +90,8 @@ def main() -> int:
     rows |= {"validation accuracy": [x["val_accuracy"] for x in results]}
     rows |= {"negative log-likelihood": [x["test_loss"] for x in results]}
     rows |= {"seconds of training": [x["seconds"] for x in results]}
-    command = shlex.join(["python", "benchmarks/flows.py", *sys.argv[1:]])
+    given = [re.sub("^--data-root=.*", "--data-root=DIR", x) for x in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/flows.py", *given])
     print(f"`{command}`: {len(seeds)} seeds, {results[0]['epochs']} epochs, {config.steps} steps\n")
     print("| test accuracy in %, mean ± standard error | |\n|---|---|")
     for title, values in rows.items():
