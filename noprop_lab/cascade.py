@@ -76,26 +76,18 @@ class MapsBlock(CascadeBlock):
     def __init__(self, block: nn.Module, width: int, image_shape: tuple[int, int, int]):
         super().__init__(block, width)
         first, second = [i for i, x in enumerate(self.image) if isinstance(x, nn.Conv2d)][1:3]
-        self.before, self.middle, self.image = (
-            self.image[:first],
-            self.image[first:second],
-            self.image[second:],
-        )
-        conv, channels = self.middle[0], self.middle[0].out_channels
-        settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1, conv.bias is not None
-        shape = nn.Sequential(self.before, self.middle).eval()(torch.zeros(1, *image_shape)).shape[1:]
-        self.middle[0], self.zeros, self.z_shape = (
-            nn.Conv2d(conv.in_channels + channels, channels, *settings),
-            width,
-            shape,
-        )
+        self.before, self.middle = self.image[:first], self.image[first:second]
+        self.image, self.width, conv = self.image[second:], width, self.middle[0]
+        self.z_shape = self.middle.eval()(self.before.eval()(torch.zeros(1, *image_shape))).shape[1:]
+        channels, bias = (conv.in_channels + conv.out_channels, conv.out_channels), conv.bias is not None
+        self.middle[0] = nn.Conv2d(*channels, conv.kernel_size, conv.stride, conv.padding, bias=bias)
 
     def forward(self, image: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.before(image)
         high, wide = (outer - inner for outer, inner in zip(maps.shape[2:], z.shape[2:], strict=True))
         z = F.pad(z, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
         maps = self.middle(torch.cat([maps, z], dim=1))
-        return super().forward(maps, image.new_zeros(len(image), self.zeros))[0], maps
+        return super().forward(maps, image.new_zeros(len(image), self.width))[0], maps
 
 
 def cascade_blocks(make: Callable, hand_on: str) -> Callable:
@@ -191,7 +183,7 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
     config, model = state.config, state.model
     short, T = config.precision == "bfloat16", len(model.blocks)
     views = image if image.ndim == 5 else image.expand(T, *image.shape)
-    z, sums = {0: model.start(views[0])}, {0: torch.tensor(-torch.inf, device=image.device)}
+    z, sums = {0: model.start(views[0])}, {0: image.new_full((), -torch.inf)}
     there = [Event() for _ in range(T + 1)]
     there[0].set()
 
@@ -204,8 +196,9 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
                 if config.z_noise:
                     before = before + config.z_noise * state.draw(t, "noise", before.shape)
                 logits, left = model.blocks[t - 1](views[t - 1], before)
-                z[t] = model.handed_on(t, logits, left, z[t - 1])
-                if config.estimates == "averaged":
+                if config.estimates == "live":
+                    z[t] = model.handed_on(t, logits, left, z[t - 1])
+                else:
                     with torch.no_grad():
                         z[t] = state.averaged.step(t, views[t - 1], z[t - 1])[1]
             answer = logits.float().log_softmax(-1) if short else logits.log_softmax(-1)
