@@ -34,6 +34,9 @@ CONFIGS = {
     "backprop": lambda: BackpropConfig(num_blocks=3, **QUICK),
     "backprop, paper": lambda: BackpropConfig.paper(num_blocks=3, **QUICK),
     "cascade": lambda: CascadeConfig(num_blocks=3, **QUICK),
+    "cascade, varied": lambda: CascadeConfig(
+        num_blocks=3, hand_on="maps", estimates="averaged", z_noise=0.5, learns="mean", **QUICK
+    ),
 }
 
 

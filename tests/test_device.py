@@ -35,6 +35,7 @@ def script_state(**changes) -> noprop.State:
     return noprop.State(noprop.Config(**SIZES | changes), META)
 
 
+VARIED = dict(hand_on="maps", estimates="averaged", z_noise=0.5, learns="mean")
 STATES = {
     "hybrid": script_state,
     "classes": lambda: script_state(target="classes", weights="ddpm", temperature=1.0),
@@ -47,6 +48,7 @@ STATES = {
     "backprop": lambda: LabState(BackpropConfig(**SIZES), META),
     "backprop, paper": lambda: LabState(BackpropConfig.paper(**SIZES), META),
     "cascade": lambda: LabState(CascadeConfig(**SIZES), META),
+    "cascade, varied": lambda: LabState(CascadeConfig(**SIZES, **VARIED), META),
 }
 
 
