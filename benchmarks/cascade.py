@@ -116,6 +116,8 @@ READINGS = {"mean": f"mean of {T}", "late": f"mean of the last {T - T // 2}", "l
 
 def apart(arm: str, reading: str, seeds: dict[int, list[int]]) -> list[str]:
     """Accuracy and loss of an arm less those of ten CNNs, with intervals over seeds and images; by fold."""
+    if any(reading not in np.load(path_of(arm, f, s)).files for f, of_fold in seeds.items() for s in of_fold):
+        return ["", ""]  # of the first runs it was not kept
     drawn = []
     for fold, of_fold in seeds.items():
         pairs = (("NoProp", arm, reading), (CNNS, CNNS, "mean"))  # resampled() calls what is chained NoProp
