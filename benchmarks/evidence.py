@@ -458,10 +458,11 @@ def dots(axes, rows: Rows, column: str) -> None:
     """A dot a seed, mean ± standard error, and beside MNIST what the paper has, of one column of a table."""
     from matplotlib.ticker import FuncFormatter
 
+    tested = any(P in row for row in rows.values())
     for y, (name, row) in enumerate(rows.items()):
         values = np.array(row[column])
         middle, error = mean_and_error(row[column])
-        doubtful = row.get(P, [0])[0] > 0.05
+        doubtful = tested and row.get(P, [1])[0] > 0.05
         color = RED if re.match("LEAK|BUG", name) else GREY if doubtful else BLUE
         place = (lambda x: np.maximum(100 - x, 0.1)) if column != "Δ" else np.asarray
         axes.plot(place(values), np.full(len(values), y), "o", color=color, alpha=0.3, markersize=5)
@@ -477,7 +478,9 @@ def dots(axes, rows: Rows, column: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     if column == "Δ":
         axes.set_xscale("symlog", linthresh=0.1)
-        unit = "difference of validation accuracy in points, linear up to 0.1; grey: not resolved"
+        unit = (
+            "difference of validation accuracy in points, linear up to 0.1" + "; grey: not resolved" * tested
+        )
         axes.set_xlabel(unit, loc="right")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     else:
