@@ -1,9 +1,9 @@
 """A chain that earns its keep? Cascades beside as many plain CNNs averaged, on Fashion-MNIST.
 
-    python benchmarks/cascade.py --data-root DIR                  a seed of each arm: DIR has the four files
-    python benchmarks/cascade.py --seeds 2                        so many of each: what was tried
-    python benchmarks/cascade.py --folds 4 --seeds 3 --arm maps   of one arm, and of the CNNs: the decision
-    python benchmarks/cascade.py --report                         the tables, from benchmarks/results/cascade*
+    python benchmarks/cascade.py --data-root DIR                      a seed of each arm; DIR: the four files
+    python benchmarks/cascade.py --seeds 2                            so many of each: what was tried
+    python benchmarks/cascade.py --folds 4 --seeds 3 --arm features   of one arm and the CNNs: the decision
+    python benchmarks/cascade.py --report                             tables, from benchmarks/results/cascade*
 
 The 60,000 training images are cut into four folds; a network is trained on three, and answers the fourth: no
 test image is read. All arms have blocks of one size, 12 epochs, the same images, augmentation and averaging,

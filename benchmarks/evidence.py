@@ -478,10 +478,8 @@ def dots(axes, rows: Rows, column: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     if column == "Δ":
         axes.set_xscale("symlog", linthresh=0.1)
-        unit = (
-            "difference of validation accuracy in points, linear up to 0.1" + "; grey: not resolved" * tested
-        )
-        axes.set_xlabel(unit, loc="right")
+        unit = "difference of validation accuracy in points, linear up to 0.1"
+        axes.set_xlabel(unit + "; grey: not resolved" * tested, loc="right")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     else:
         crosses = "; ×: the paper" * any(f"the paper, {column[:-3]}" in row for row in rows.values())
