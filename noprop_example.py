@@ -103,7 +103,7 @@ def cosine_schedule(num_blocks: int, s: float = 0.008) -> Tensor:
     """ᾱ_0 ... ᾱ_T, shape (T+1,), float64, from noise (0.001) to label (0.999).
 
     Nichol and Dhariwal's cosine (arXiv 2102.09672, eq. 17), not divided by its start value, run in NoProp's
-    direction and clamped. Beyond T of about 50 the clamp makes equal levels: a block without effect.
+    direction and clamped. Beyond T of about 50 the clamp makes equal levels, and DDPM's weight of a block 0.
     """
     t = torch.arange(num_blocks + 1, dtype=torch.float64)
     return torch.cos(((1 - t / num_blocks) + s) / (1 + s) * math.pi / 2).square().clamp(1e-3, 0.999)
@@ -191,15 +191,15 @@ class DenoisingBlockPaper(nn.Module):
         if self.target == "noise":
             return f
         u_hat = f.softmax(-1) @ W if self.target == "classes" else f
-        return (z - alpha_bar**0.5 * u_hat) / (1 - alpha_bar) ** 0.5
+        return (z - alpha_bar**0.5 * u_hat) / (1 - alpha_bar) ** 0.5  # clean_label() gives u_hat back
 
 
 class NoProp(nn.Module):
     """T blocks, the label embedding that they share, and the classifier, which is the head of block T.
 
     block(image_shape, embed_dim, num_classes) makes a block. Weights are drawn from (seed, block): a block
-    starts the same whatever stands beside it. equal_weights: see reverse_steps(). by_average: what answers
-    after t blocks, block t (False), or the mean of t blocks' class probabilities, see finish().
+    starts the same whatever stands beside it. equal_weights: see reverse_steps(). build() sets config, and
+    by_average: what answers after t blocks, block t, or the mean of t blocks' probabilities, see finish().
     """
 
     by_average = False
@@ -231,7 +231,7 @@ class NoProp(nn.Module):
         return temperature * send(torch.randn(shape, generator=noise), image.device)
 
     def step(self, t: int, image: Tensor, z: Tensor, temperature=0.0, noise=None) -> tuple[Tensor, Tensor]:
-        """One reverse step, equation 3 of NoProp: û_t and z_t from images and z_{t-1}, (B, D) each.
+        """One reverse step, with DDPM's weights equation 3 of NoProp: û_t and z_t from z_{t-1}, (B, D) each.
 
         temperature: τ; noise: the generator of ξ, of which τ = 0 draws nothing.
         """
@@ -250,8 +250,8 @@ class NoProp(nn.Module):
     def forward(self, image: Tensor, temperature=0.0, noise: torch.Generator | None = None) -> Tensor:
         """Inference: class logits after every block, (B, T, classes), of images (B, C, H, W) in [0, 1].
 
-        temperature is τ: 1 samples a label from p(y|x), which takes DDPM's weights; 0 starts at z_0 = 0 and
-        follows the mean of each step.
+        temperature is τ: 1 samples, as the paper does, which takes DDPM's weights; 0 starts at z_0 = 0 and
+        draws no noise.
         """
         z, logits = self.start(image, temperature, noise), []
         for t in range(1, len(self.blocks) + 1):
@@ -295,12 +295,11 @@ class NoProp(nn.Module):
 class Hybrid:
     """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) for each block, and cross-entropy for the classifier, the head of block T.
 
-    û is linear in ε̂, so a block's loss is (η₁ + η₂ (1-ᾱ)/ᾱ) MSE(ε̂, ε): one constant a block times one error.
+    û is linear in ε̂: with SNR = ᾱ/(1-ᾱ) that is (η₁ + η₂/SNR) MSE(ε̂, ε) = (η₁ SNR + η₂) MSE(û, u).
     """
 
     eta: float = 2.0
     lam: float = 1.0
-    every_block: ClassVar[bool] = False  # head_loss() goes with each block's update, not just with block T's
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
         """Loss of block t, and û (B, D). W (classes, D): this block's own copy of the label embedding.
@@ -350,7 +349,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Config(Checked):
-    """What decides the result; it is saved with the network."""
+    """What decides the result; it is saved with the network. Comments are the help of --help."""
 
     # Used most
     epochs: int = 12  # passes over the training split, each of which trains all blocks
@@ -406,7 +405,7 @@ class Config(Checked):
 
     @classmethod
     def accurate(cls, **changes) -> Config:
-        """Deeper blocks: more accurate, in eight times the time."""
+        """Deeper blocks: more accurate, in seven times the time."""
         return cls(**{"block": "deep"} | changes)
 
     @classmethod
@@ -544,7 +543,7 @@ def build(config: Config, device=CPU, content=None, block=None, kind: type[NoPro
     model.config = config
     if content:
         model.eval().load_state_dict(content["model"])
-        model.by_average = content.get("by_average", False)
+        model.by_average = content["config"] == config and content.get("by_average", False)
     last = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
     return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -643,7 +642,7 @@ class State:
         """
         self.history, self.log = [*self.history, record], []
         if self.config.select == "validation":
-            best = max(record["val_accuracy"] for record in self.history)
+            best = max(x["val_accuracy"] for x in self.history)
             better = record["val_accuracy"] >= best - standard_error(best, val_images)
         if self.config.select == "last" or better:
             self.selected, self.selected_epoch = copy.deepcopy(self.averaged.state_dict()), record["epoch"]
@@ -652,7 +651,7 @@ class State:
         """Whether all epochs are done, or patience has run out."""
         done, late = len(self.history), 0
         if done and self.config.select == "validation":
-            late = done - max(self.history, key=lambda record: record["val_accuracy"])["epoch"]
+            late = done - max(self.history, key=lambda x: x["val_accuracy"])["epoch"]
         return done >= self.config.epochs or late >= self.config.patience
 
     def part_state(self, name: str) -> list[dict[str, Any]]:
@@ -695,10 +694,11 @@ def learning_rate(progress: float, config: Config) -> float:
     return config.eta_min + (config.lr - config.eta_min) * cosine
 
 
-def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -> tuple[dict, Tensor | None]:
+def train_block(state, t: int, image, label, lr: float, head=False) -> tuple[dict, Tensor | None]:
     """One step of block t, alone: {part: (loss, gradient norm)}, and the gradient of its losses by W.
 
     The block has a copy of W of its own, and sees nothing else of the network: no gradient goes further.
+    head: the classifier learns too, as it does with the last block, whose head it is.
     """
     config, model, objective = state.config, state.model, state.objective
     W, draw = model.label_embedding.weight.detach().clone(), partial(state.draw, t)
@@ -707,7 +707,7 @@ def train_block(state: State, t: int, image: Tensor, label: Tensor, lr: float) -
     with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
         loss, u_hat = objective.block_loss(model.blocks[t - 1], t, model.alpha_bar, image, label, W, draw)
         losses = {f"blocks.{t - 1}": loss}
-        if t == config.num_blocks or objective.every_block:  # the classifier is the head of the last block
+        if head or t == config.num_blocks:
             losses["classifier"] = objective.head_loss(model.classifier, u_hat, label, W, draw)
     sum(losses.values()).backward()
     return {name: (loss.detach(), state.update(name, lr)) for name, loss in losses.items()}, W.grad
@@ -915,7 +915,7 @@ def draw_denoising(model: NoProp, test: Split):
         z.append(model.step(t, image, z[-1], 1.0, noise)[1])
     probabilities = classes_in(torch.stack(z, 1), u, model.alpha_bar).cpu()
     figure = Figure(figsize=(11, 6.8), layout="constrained")
-    figure.suptitle("Class probabilities in z_t, from noise (t = 0) to the answer (t = T); below, hard ones")
+    figure.suptitle("Class probabilities in z_t of a sample, noise (t = 0) to label (t = T); hard ones below")
     panels = figure.subplots(4, 6, height_ratios=(1, 1.2, 1, 1.2))
     for i, (digit, chart) in enumerate(zip(panels[::2].flat, panels[1::2].flat, strict=True)):
         digit.set_axis_off()
@@ -1102,7 +1102,7 @@ def finish(state: State, data: Data, options: Options, started: float, draw=draw
         val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
         chain, summary = test["accuracy"], summary_of(state, val, test, images, started)
         summary["test_accuracy_by_blocks"] = chain
-        state.by_average = val["average_loss"] < val["loss"][-1]
+        state.by_average = model.by_average = val["average_loss"] < val["loss"][-1]
         use = "; --evaluate and --predict answer by it" if state.by_average else ""
         files = [options.output_dir / name.format(state.config.objective) for name in OUTPUTS]
         State.save(state, files[0], data.digest())  # in this process alone
@@ -1139,7 +1139,7 @@ def run(state, data: Data, options: Options, content=None, step=train_step, agre
         weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
         say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {images:,} images")
         code = train_and_save(state, data, options, step, agreed(signalled) if agreed else signalled)
-        return end(state, data, options, started) | code
+        return max(code, end(state, data, options, started))
 
 
 # --- Search ------------------------------------------------------------------------------------------------
@@ -1212,11 +1212,11 @@ def next_trial(study, seed: int, objective: Callable[[Any], float]) -> None:
     """Run a trial, print its result. By its number it is seeded: a search that goes on proposes the same."""
     from optuna.samplers import TPESampler
 
-    def seeded(trial) -> float:
+    def numbered(trial) -> float:
         study.sampler = TPESampler(seed=generator(seed, "search", trial.number).initial_seed() % 2**32)
         return objective(trial)
 
-    study.optimize(seeded, n_trials=1, callbacks=[lambda _, trial: say(trial_line(trial))])
+    study.optimize(numbered, n_trials=1, callbacks=[lambda _, trial: say(trial_line(trial))])
 
 
 def trials_of(study, *states: str) -> list:
@@ -1256,7 +1256,9 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     config = replace(config, **best.user_attrs["settings"])
     write_file(options.output_dir / "hpo_best.json", json.dumps(config.saved(), indent=1).encode())
     say(f"\nThe best, now in hpo_best.json, and trained with:\n{trial_line(best)}\n")
-    there = read_checkpoint(path) if (path := options.checkpoint(config)).exists() else {}
+    there = {}
+    with suppress(Failure):  # there is none, or it is damaged, or the lab's
+        there = read_checkpoint(options.checkpoint(config))
     return run(State(config, device), data, options, there if there.get("config") == config else None)
 
 
@@ -1298,7 +1300,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     for kind in (kind for last in kinds for kind in reversed(last.__mro__) if is_dataclass(kind)):
         hints = get_type_hints(kind)
         for title, name, comment in re.findall(SETTING, source_of(kind), re.MULTILINE):
-            if title or not groups:
+            if title:
                 group = groups[title] = groups.get(title) or parser.add_argument_group(title)
             if name:
                 default, hint = getattr(kind, name), str(hints[name])
@@ -1322,7 +1324,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     return {name: tuple(x) if isinstance(x, list) else x for name, x in vars(found).items()}
 
 
-def over_checkpoint(content, start: Config, given: dict[str, Any], free: set[str]) -> Config:
+def over_checkpoint(content, start: Config, given: dict[str, Any], free) -> Config:
     """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
     saved, plain = content["config"], type(start)()
     given = {name: x for name, x in vars(start).items() if x != vars(plain)[name]} | given
@@ -1347,14 +1349,12 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     bare = not given.keys() & {"evaluate", "predict", "resume"}
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
     options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
-    path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
-    start, free = start_of(options), {"temperature", "weights"} if options.evaluate else {"epochs"}
+    path, start = options.evaluate or [*options.predict, options.checkpoint(Config())][0], start_of(options)
     if len(options.predict) == 1:
         raise Failure("--predict takes a checkpoint and then at least one image file")
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
-        content = read_checkpoint(path)
-        free = set() if options.predict else free
-        return over_checkpoint(content, start, given, free), options, content
+        free = {"temperature", "weights"} if options.evaluate else {"epochs"} if options.resume else ()
+        return over_checkpoint(content := read_checkpoint(path), start, given, free), options, content
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():

@@ -243,7 +243,7 @@ SELECTION = [
     (
         "selection by test accuracy",
         """\
-            best = max(record["val_accuracy"] for record in self.history)
+            best = max(x["val_accuracy"] for x in self.history)
             better = record["val_accuracy"] >=""",
         """\
             best = max(x.get("test_accuracy", x["val_accuracy"]) for x in self.history)

@@ -7,6 +7,8 @@
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
     python benchmarks/evidence.py paper                  the paper's table, in runs of 200 s at most (1 hour);
                                                          --fashion-mnist DIR: on that too (2 hours)
+    python benchmarks/evidence.py fashion                Fashion-MNIST with its own settings (1 hour);
+                                                         takes --fashion-mnist DIR
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
 
 Prints the plan and the time left; runs that are in runs/ below the current folder are not run again. Keeps
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,7 +48,9 @@ from benchmarks.seeds import (
 )
 from benchmarks.speed import peak_bytes, random_batch
 from noprop_lab.__main__ import step_of
+from noprop_lab.data import load_data
 from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
@@ -139,6 +144,13 @@ ABLATION = {  # name: flags, beside two epochs
 }
 
 
+FASHION = {  # name: flags, beside Fashion-MNIST's own settings
+    "NoProp, hybrid loss": [],
+    "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],
+}
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
 # --- Tables ------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +237,7 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         return noprop.noisy_label(model.label_embedding(labels), start(images, 1.0), steps[t - 1][0])
 
     order = torch.randperm(T, generator=noprop.generator("evidence", "order")).tolist()
+    rest = NUMBERS[T - 1]
     found = {
         "the chain as it is used": lambda x, y: chain(blocks, x),
         "chain with DDPM's weights": lambda x, y: chain(blocks, x, steps=ddpm),
@@ -232,6 +245,7 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
     found |= {
         f"chain cut after block {t}": lambda x, y, t=t: chain(blocks[:t], x, steps=steps[:t])
         for t in (1, 2, 5)
+        if t < T
     }
     found |= {
         "mean of the blocks' probabilities, each from z = 0, no chain": lambda x, y: sum(
@@ -240,7 +254,8 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         "mean of the probabilities along the chain": lambda x, y: model(x).softmax(-1).mean(1),
     }
     found |= {
-        f"block {t} alone, z from N(0, I)": lambda x, y, t=t: alone(t, x, start(x, 1.0)) for t in (1, 5, T)
+        f"block {t} alone, z from N(0, I)": lambda x, y, t=t: alone(t, x, start(x, 1.0))
+        for t in (1, (T + 1) // 2, T)
     }
     found |= {
         "blocks in reverse order": lambda x, y: chain(blocks[::-1], x),
@@ -249,9 +264,11 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         ),
         "block 1 in all places": lambda x, y: chain([blocks[0]] * T, x),
         f"block {T} in all places": lambda x, y: chain([blocks[-1]] * T, x),
-        "the last block after nine untrained ones": lambda x, y: chain([*fresh[:-1], blocks[-1]], x),
+        f"the last block after {rest} untrained ones": lambda x, y: chain([*fresh[:-1], blocks[-1]], x),
         "the same with DDPM's weights": lambda x, y: chain([*fresh[:-1], blocks[-1]], x, steps=ddpm),
-        "nine trained blocks before an untrained last one": lambda x, y: chain([*blocks[:-1], fresh[-1]], x),
+        f"{rest} trained blocks before an untrained last one": lambda x, y: chain(
+            [*blocks[:-1], fresh[-1]], x
+        ),
         "no image (x = 0)": lambda x, y: chain(blocks, 0 * x),
         "no image, z_0 from N(0, I)": lambda x, y: chain(blocks, 0 * x, start(x, 1.0)),
         f"LEAK: block {T} given z_{T - 1} made from the true label": lambda x, y: alone(
@@ -346,6 +363,15 @@ def ablation(seeds: range) -> Rows:
     return rows
 
 
+def mib_and_seconds(config: LabConfig, cores: int) -> tuple[float, float]:
+    """What a training keeps for the backward pass, and takes: the time of a step times the steps."""
+    state, batch = LabState(config), random_batch(config.batch_size)
+    with noprop.workers(noprop.CPU, cores) as parallel:
+        step = partial(step_of(config), state, *batch, 1e-3, parallel)
+        seconds = config.epochs * (55_000 // config.batch_size) * min(timeit.repeat(step, number=1, repeat=5))
+        return peak_bytes(state.model, step) / 2**20, seconds
+
+
 def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
     """The paper's table: its three algorithms, three embeddings, and backpropagation, in short runs."""
     rows: Rows = {}
@@ -355,6 +381,8 @@ def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
         sets["Fashion-MNIST"] = ["--block=small", "--dataset=fashion_mnist", own_root]
     for dataset, of_set in sets.items():
         flags = {name: [*own, *of_set] for name, (own, _) in PAPER.items()}
+        for own in flags.values() if of_set else ():
+            own += [] if {CT, FM} & {*own} else ["--num-blocks=10"]
         for name, found in run(flags, seeds, at_once=2).items():
             row = rows.setdefault(name, {"epochs": [x["epochs"] for x in found]})
             if dataset == "MNIST" and PAPER[name][1]:
@@ -364,14 +392,34 @@ def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
             by_steps = [x.get("test_accuracy_by_steps", {}) for x in found]
             for n in ("1", "2", "100") if all(by_steps) else ():
                 row[f"{dataset}, steps: {n}"] = [x[n] for x in by_steps]
-    with noprop.workers(noprop.CPU, 1):  # one thread, and nothing else computes now
-        for name, (own, _) in PAPER.items():
-            config = network_of(folder_of(own, seeds[0])).config
-            state, batch = LabState(config), random_batch(config.batch_size)
-            step = partial(step_of(config), state, *batch, 1e-3)
-            rows[name]["MiB"] = [peak_bytes(state.model, step) / 2**20]
-            steps = config.epochs * (55_000 // config.batch_size)
-            rows[name]["seconds on one core"] = [steps * min(timeit.repeat(step, number=1, repeat=5))]
+    for name, (own, _) in PAPER.items():  # nothing else computes now
+        config = network_of(folder_of(own, seeds[0])).config
+        mib, seconds = mib_and_seconds(config, 1)
+        rows[name] |= {"MiB": [mib], "seconds on one core": [seconds]}
+    return rows
+
+
+def fashion(seeds: range, fashion_mnist: Path) -> Rows:
+    """What does Fashion-MNIST have with settings of its own? And what does the chain of three blocks do?"""
+    of_set = ["--threads=1", "--dataset=fashion_mnist", f"--data-root={fashion_mnist}"]
+    flags, rows = {name: [*own, *of_set] for name, own in FASHION.items()}, {}
+    columns = {"test accuracy": "accuracy", "nll": "loss"}
+    for name, found in run(flags, seeds, at_once=2).items():
+        rows[name] = {column: [x[f"test_{key}"] for x in found] for column, key in columns.items()}
+        for column, key in columns.items() if not FASHION[name] else ():
+            rows[name][f"{column} of the blocks' mean"] = [x[f"test_{key}_average"] for x in found]
+        rows[name]["epochs"] = [x["epochs"] for x in found]
+    models = {name: [network_of(folder_of(own, seed)) for seed in seeds] for name, own in flags.items()}
+    chains, cnns = models.values()
+    test = load_data(chains[0].config, fashion_mnist).test
+    shares = torch.stack([x.probabilities(test.images)[:, -1] for x in cnns]).mean(0)
+    right, loss = shares.argmax(-1) == test.labels, F.nll_loss(shares.log(), test.labels)
+    row = {"test accuracy": [100 * right.float().mean().item()], "nll": [loss.item()]}
+    rows[f"{NUMBERS[len(cnns)]} of these, averaged"] = row
+    ladders = [ladder_of(model, test) for model in chains]
+    rows |= {name: {"test accuracy": [x[name] for x in ladders]} for name in ladders[0]}
+    for cores, (name, [first, *_]) in zip((2, 1), models.items(), strict=True):  # a CNN's run had one
+        rows[name][f"seconds, cores: {cores}"] = [mib_and_seconds(first.config, cores)[1]]
     return rows
 
 
@@ -391,7 +439,8 @@ def cheaper(_seeds: range) -> Rows:
 # --- Report ------------------------------------------------------------------------------------------------
 
 TABLES = {
-    table.__name__: table for table in (headline, ladder, objectives, embeddings, ablation, paper, cheaper)
+    table.__name__: table
+    for table in (headline, ladder, objectives, embeddings, ablation, paper, fashion, cheaper)
 }
 BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
@@ -505,10 +554,12 @@ def main() -> int:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="for paper: its files")
+    parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="for paper and fashion: its files")
     arguments = parser.parse_args()
-    if arguments.fashion_mnist and arguments.table != "paper":
-        parser.error("--fashion-mnist is of the table paper: leave it out")
+    if arguments.fashion_mnist and arguments.table not in ("paper", "fashion"):
+        parser.error("--fashion-mnist is of the tables paper and fashion: leave it out")
+    if arguments.table == "fashion" and not arguments.fashion_mnist:
+        parser.error("fashion takes --fashion-mnist DIR, the folder with its files")
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed

@@ -112,7 +112,9 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
         if own is None:
             own = SOURCES[dataset].settings if dataset in SOURCES else {}
             own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
-        settings = {name: x for name, x in own.items() if getattr(start, name) == getattr(plain, name)}
+        free = {x for x in own if getattr(start, x) == getattr(plain, x)} - {*kind.WITHOUT_EFFECT}
+        free -= {"num_blocks"} if start.block != plain.block else set()  # T goes with the block
+        settings = {name: x for name, x in own.items() if name in free}
         settings |= {"step_threads": options.threads} if issubclass(kind, WholeConfig) else {}
         settings |= given | {"dataset": dataset}
         settings |= {"embedding": "fixed"} if options.embedding_from else {}

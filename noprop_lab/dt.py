@@ -90,7 +90,6 @@ class DT:
     """The objective of NoProp-DT: a block's SNR term, and what the updates of config.updates add to it."""
 
     config: DTConfig
-    every_block = property(lambda self: self.config.updates == "each")
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
         """T/2 η (SNR_t - SNR_{t-1}) ‖û - u‖² of block t; and û (B, D). Arguments: see Hybrid.block_loss()."""
@@ -116,7 +115,7 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
     """
     results: dict = {}
     for t in state.blocks:
-        losses, gradient = train_block(state, t, image, label, lr)
+        losses, gradient = train_block(state, t, image, label, lr, head=True)
         results |= losses
         if gradient is not None:
             state.model.label_embedding.weight.grad.copy_(gradient)

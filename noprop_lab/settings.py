@@ -26,9 +26,9 @@ class Source(NamedTuple):
 
 WEIGHTS = Path(__file__).parent / "weights" / "mnist.pt"  # a trained network that is in the repository
 DEEP = {"block": "deep", "epochs": 30}
-SOURCES = {  # only MNIST is measured
+SOURCES = {  # MNIST and Fashion-MNIST are measured
     "mnist": Source("MNIST", 10, (1, 28, 28), False),
-    "fashion_mnist": Source("FashionMNIST", 10, (1, 28, 28), True, DEEP | {"epochs": 24}),
+    "fashion_mnist": Source("FashionMNIST", 10, (1, 28, 28), True, DEEP | {"epochs": 24, "num_blocks": 3}),
     "kmnist": Source("KMNIST", 10, (1, 28, 28), False),
     "cifar10": Source("CIFAR10", 10, (3, 32, 32), True, DEEP),
     "cifar100": Source("CIFAR100", 100, (3, 32, 32), True, DEEP),

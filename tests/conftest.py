@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -66,6 +66,21 @@ def sketches(request, monkeypatch) -> None:
         monkeypatch.setattr(
             "matplotlib.figure.Figure.savefig", lambda figure, file, **how: file.write(b"figure")
         )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def read_once() -> Iterator[None]:
+    """The repository's MNIST is unpacked and checked once for all tests, other folders whenever one asks."""
+    read, ours = noprop.read_mnist, noprop.Options.data_root / "MNIST" / "raw"
+    kept = read(ours)
+
+    def again(folder: Path, sums: dict[str, str] = noprop.MD5) -> tuple[noprop.Split, noprop.Split]:
+        return kept if (folder, sums) == (ours, noprop.MD5) else read(folder, sums)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noprop, "read_mnist", again)
+        patch.setattr("noprop_lab.data.read_mnist", again)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,19 @@ def test_a_step_of_a_block_leaves_the_others_bit_equal(training, batch, t):
     assert changed and all(name.startswith(own) for name in changed)
 
 
+class TwoMethods:
+    """A loss as a reader writes it: what README.md asks for, and nothing else."""
+
+    block_loss, head_loss = noprop.Hybrid.block_loss, noprop.Hybrid.head_loss
+    eta, lam = 2.0, 1.0
+
+
+def test_a_loss_of_two_methods_trains(small_data):
+    state = noprop.State(noprop.Config(**TINY), objective=TwoMethods())
+    list(noprop.train(state, small_data, threads=1))
+    assert same(state.model.state_dict(), train_tiny(small_data).model.state_dict())
+
+
 def test_a_block_alone_equals_the_block_beside_others(training, batch):
     (image, label), alone = batch, noprop.State(noprop.Config(**TINY))
     noprop.train_step(training, image, label, 1e-3)

@@ -33,7 +33,7 @@ OLD_COMMANDS = {  # flags of version 1: what they mean
     "--preset paper": DTConfig.paper(),
     "--preset paper --num-blocks 4": DTConfig.paper(num_blocks=4),
     "--preset paper --objective backprop": BackpropConfig.paper(),
-    "--dataset fashion_mnist": LabConfig(dataset="fashion_mnist", block="deep", epochs=24),
+    "--dataset fashion_mnist": LabConfig(dataset="fashion_mnist", num_blocks=3, block="deep", epochs=24),
     "--dataset kmnist --epochs 3": LabConfig(dataset="kmnist", epochs=3),
     "--dataset folder": LabConfig(dataset="folder", classes=("a", "b", "c")),
     "--dataset folder --classes c a": LabConfig(dataset="folder", classes=("c", "a")),
@@ -122,6 +122,21 @@ def test_a_preset_wins_over_a_data_set_and_a_flag_over_both(flags, block, epochs
     config = lab.read_command_line("train", flags)[0]
     assert (config.block, config.epochs) == (block, epochs)
     assert SOURCES[config.dataset].name in ("FashionMNIST", "CIFAR10", "CIFAR100")
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_blocks"),
+    [
+        ("", 3),
+        ("--preset=accurate", 10),
+        ("--preset=reference", 10),
+        ("--objective=fm", 1),
+        ("--num-blocks=4", 4),
+    ],
+)
+def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks):
+    config = lab.read_command_line("train", ["--dataset=fashion_mnist", *flags.split()])[0]
+    assert config.num_blocks == num_blocks
 
 
 def test_the_twins_threads_are_a_setting_that_a_file_may_have(tmp_path):

@@ -66,6 +66,11 @@ def test_resume_is_exact_wherever_the_run_was_stopped(step, number, undisturbed,
     assert fingerprint(tmp_path) == undisturbed
 
 
+def test_a_picture_that_fails_does_not_hide_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(noprop, "picture", lambda *_: 1)
+    assert run(tmp_path, stopping_after(1, signal.SIGINT)) == 130
+
+
 def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert noprop.main(tiny_flags(tmp_path)) == 0
     before = fingerprint(tmp_path)

@@ -84,6 +84,13 @@ def test_the_best_settings_are_trained_and_can_be_given(tmp_path, capsys):
     assert (mixed.lr, mixed.augment, mixed.epochs, mixed.batch_size) == (0.25, True, 7, 128)
 
 
+def test_what_is_there_already_is_kept_where_it_can_not_be_read(tmp_path):
+    (tmp_path / "noprop_hybrid.pt").write_text("damaged")
+    assert search(tmp_path, hpo_trials=1) == 0
+    assert (tmp_path / "noprop_hybrid.1.pt").read_text() == "damaged"
+    assert noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
+
+
 def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_data, monkeypatch):
     """With a poisoned test set, every trial comes out as before; not with a poisoned validation set."""
     bad = noprop.Split(255 - small_data.test.images, small_data.test.labels.flip(0))
