@@ -13,7 +13,6 @@ benchmarks/results/flows-*.json.
 import argparse
 import copy
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import folder_of, mean, network_of, run
+from benchmarks.seeds import data_root, folder_of, mean, network_of, run, shown
 from noprop_lab.data import load_data
 
 
@@ -77,10 +76,7 @@ def main() -> int:
     plain = ["--objective=backprop", "--num-blocks=1", *(x.replace("_s", "-s") for x in shared)]
     plain += [x for x in flags if x.startswith(("--data-root", "--threads"))]
     twins = run({"plain": plain}, seeds)["plain"]
-    root = next(
-        (Path(x.split("=")[1]) for x in flags if x.startswith("--data-root")), noprop.Options.data_root
-    )
-    test = load_data(config, root).test
+    test = load_data(config, data_root(flags)).test
     found = [controls(network_of(folder_of(flow, seed)), test) for seed in seeds]
     rows = {name: [x["test_accuracy"] for x in results]}
     rows |= {"the same encoder by cross-entropy": [x["test_accuracy"] for x in twins]}
@@ -90,8 +86,7 @@ def main() -> int:
     rows |= {"validation accuracy": [x["val_accuracy"] for x in results]}
     rows |= {"negative log-likelihood": [x["test_loss"] for x in results]}
     rows |= {"seconds of training": [x["seconds"] for x in results]}
-    given = [re.sub("^--data-root=.*", "--data-root=DIR", x) for x in sys.argv[1:]]
-    command = shlex.join(["python", "benchmarks/flows.py", *given])
+    command = shlex.join(["python", "benchmarks/flows.py", *shown(sys.argv[1:])])
     print(f"`{command}`: {len(seeds)} seeds, {results[0]['epochs']} epochs, {config.steps} steps\n")
     print("| test accuracy in %, mean ± standard error | |\n|---|---|")
     for title, values in rows.items():

@@ -46,6 +46,18 @@ def folder_of(flags: list[str], seed: int) -> Path:
     return Path("runs") / (name or "default") / f"seed{seed}"
 
 
+def data_root(flags: list[str]) -> Path:
+    """The folder with the data that the flags name."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
+    return known.parse_known_args(flags)[0].data_root
+
+
+def shown(flags: list[str]) -> list[str]:
+    """The flags as a results file names them: DIR for a folder of this machine."""
+    return [re.sub("^--data-root=.*", "--data-root=DIR", x) for x in flags]
+
+
 def summary_of(folder: Path) -> dict | None:
     """The summary of the run in a folder, if it has come to its end."""
     paths = [path for path in folder.glob("noprop_*.json") if len(path.suffixes) == 1]  # 2: kept, older
@@ -136,7 +148,7 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     arguments, flags = parser.parse_known_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    [(name, results)] = run({" ".join(flags) or "default": flags}, seeds).items()
+    [results] = run({" ".join(flags) or "default": flags}, seeds).values()
     rows: dict[str, list[float]] = {}
     for title, read, digits in (
         ("test accuracy, selected on validation", lambda x: x["test_accuracy"], 2),
@@ -153,13 +165,18 @@ def main() -> int:
         print(f"| {title} | {mean(rows[title], digits)} |")
     if results[0]["objective"] == "hybrid":
         config = network_of(folder_of(flags, seeds[0])).config
-        test = data.load_data(config, noprop.Options.data_root).test
+        test = data.load_data(config, data_root(flags)).test
         found = [inferred(folder_of(flags, seed), config.temperature, test) for seed in seeds]
         rows["inference with DDPM's weights"] = by_seed = [x["accuracy"][-1] for x in found]
         print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
     print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")
     named = [x for x in flags if not x.startswith("--data-root")]
-    kept = {"flags": name, "seeds": list(seeds), "versions": results[0]["versions"], "rows": rows}
+    kept = {
+        "flags": " ".join(shown(flags)) or "default",
+        "seeds": list(seeds),
+        "versions": results[0]["versions"],
+        "rows": rows,
+    }
     path = Path(__file__).parent / "results" / f"seeds-{folder_of(named, 0).parent.name}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return 0
