@@ -417,7 +417,8 @@ def fashion(seeds: range, fashion_mnist: Path) -> Rows:
     row = {"test accuracy": [100 * right.float().mean().item()], "nll": [loss.item()]}
     rows[f"{NUMBERS[len(cnns)]} of these, averaged"] = row
     ladders = [ladder_of(model, test) for model in chains]
-    rows |= {name: {"test accuracy": [x[name] for x in ladders]} for name in ladders[0]}
+    _, *names = ladders[0]  # its first row is the chain, which is there already
+    rows |= {name: {"test accuracy": [x[name] for x in ladders]} for name in names}
     for cores, (name, [first, *_]) in zip((2, 1), models.items(), strict=True):  # a CNN's run had one
         rows[name][f"seconds, cores: {cores}"] = [mib_and_seconds(first.config, cores)[1]]
     return rows
@@ -518,7 +519,7 @@ def dots(axes, rows: Rows, column: str) -> None:
         axes.errorbar(place(middle), y, xerr=error, fmt="|", color=color, markersize=10, capsize=3)
         if theirs := row.get(f"the paper, {column[:-3]}"):
             axes.plot(place(np.array(theirs)), [y], "x", color=RED)
-        text = f"{middle:{'+' if column == 'Δ' else ''}.2f} ± {error:.2f}"
+        text = f"{middle:{'+' if column == 'Δ' else ''}.2f} ± {error:.2f}".removesuffix(" ± nan")
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=color)
         if y == 0:
             axes.axvline(place(middle), color=GREY, linewidth=0.8, linestyle=":")
