@@ -408,6 +408,7 @@ def fashion(seeds: range, fashion_mnist: Path) -> Rows:
         rows[name] = {column: [x[f"test_{key}"] for x in found] for column, key in columns.items()}
         for column, key in columns.items() if not FASHION[name] else ():
             rows[name][f"{column} of the blocks' mean"] = [x[f"test_{key}_average"] for x in found]
+        rows[name]["accuracy, validation images"] = [x["val_accuracy"] for x in found]
         rows[name]["epochs"] = [x["epochs"] for x in found]
     models = {name: [network_of(folder_of(own, seed)) for seed in seeds] for name, own in flags.items()}
     chains, cnns = models.values()
