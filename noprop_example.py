@@ -441,6 +441,9 @@ class Options(Checked):
         super().__post_init__()
         if sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume))) > 1:
             raise Failure("choose one of evaluate, predict, run_hpo and resume")
+        named = self.hpo_trials, self.hpo_epochs
+        if not self.run_hpo and named != (Options.hpo_trials, Options.hpo_epochs):
+            raise Failure("flags that begin with --hpo are of a search: leave them out")
 
     def checkpoint(self, config: Config) -> Path:
         """Where a run with that config keeps its network."""
@@ -467,10 +470,8 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        sha = hashlib.sha256()
-        for part in (*self.train, *self.val, *(self.test or ())):
-            sha.update(part.cpu().numpy().tobytes())
-        return sha.hexdigest()
+        parts = (x.cpu().numpy().tobytes() for x in (*self.train, *self.val, *(self.test or ())))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
@@ -490,7 +491,7 @@ def read_mnist(folder: Path, sums: dict[str, str] = MD5) -> tuple[Split, Split]:
             with (gzip.open if path.suffix else open)(path, "rb") as file:
                 content = bytearray(file.read())
         except (OSError, EOFError, zlib.error) as error:
-            get = f", or in Python torchvision.datasets.MNIST('{folder.parents[1]}', download=True)"
+            get = f", or in Python torchvision.datasets.MNIST('{folder.parent.parent}', download=True)"
             where = "see --data-root" + get * (sums is MD5)
             raise Failure(f"cannot read {path}: {Failure(error)}; {where}") from error
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
@@ -938,11 +939,10 @@ def open_picture(path: Path):
 
     try:
         with Image.open(path) as file:
-            deep = file.mode.startswith("I")  # 16 bits, which convert() would clip
-            file = file.point(lambda x: x / 256).convert("L") if deep else file
+            file = file.point(lambda x: x / 256).convert("L") if file.mode[0] == "I" else file  # 16 bits
             upright = ImageOps.exif_transpose(file).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
 
 
@@ -1146,7 +1146,7 @@ def run(state, data: Data, options: Options, content=None, step=train_step, agre
 
 
 def suggest(trial) -> dict[str, Any]:
-    """The search space, by names of Config: edit it here (what a trial offers: optuna.trial.Trial)."""
+    """The search space, by names of Config, the same in each trial: edit it here (see optuna.trial.Trial)."""
     return {
         "lr": trial.suggest_float("lr", 1e-3, 1e-1, log=True),
         "eta_loss_weight": trial.suggest_float("eta_loss_weight", 0.1, 10.0, log=True),
@@ -1209,7 +1209,7 @@ def open_study(config: Config, options: Options, storage, suggest, judged_by: st
 
 
 def next_trial(study, seed: int, objective: Callable[[Any], float]) -> None:
-    """Run a trial, print its result. By its number it is seeded: a search that goes on proposes the same."""
+    """Run a trial, print its result. It is seeded by its number: so two at the same instant differ."""
     from optuna.samplers import TPESampler
 
     def numbered(trial) -> float:

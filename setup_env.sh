@@ -3,6 +3,9 @@
 #   ./setup_env.sh python noprop_example.py
 # Without arguments it only sets up. PYTHON names the interpreter to build the environment with.
 set -u
+# settings that send packages elsewhere are for other environments: pip refuses them in this one
+unset PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
+export PIP_USER=0
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 env="$here/noprop_env"
@@ -40,8 +43,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
     fi
     echo "Installing the requirements (about 6 GB with CUDA builds of torch; minutes) ..." >&2
     rm -f "$stamp"
-    # settings that send packages elsewhere are for other environments: pip refuses them in this one
-    env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PYTHONHOME -u PYTHONPATH \
+    env -u PYTHONPATH \
         "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 ||
         fail "the installation failed (see above); the next call tries again"
     printf '%s\n' "$wanted" >"$stamp" || fail "cannot write $stamp"

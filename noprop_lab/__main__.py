@@ -59,7 +59,8 @@ def read_command_line(
     read = partial(noprop.read_flags, prog=f"python -m noprop_lab {command}{files}")
     if {"--help", "-h"} & set(arguments):
         plain = [x for x in arguments if x not in ("--help", "-h")]
-        read(["--help"], CONFIGS[read(plain, LabOptions, rest=[]).get("objective", "hybrid")], LabOptions)
+        named = LabOptions(**read(plain, LabOptions, rest=[])).named_objective
+        read(["--help"], CONFIGS[named or "hybrid"], LabOptions)
     arguments = translated(command, arguments)
     options = LabOptions(**read(arguments, LabOptions, rest=[]))
     if command == "predict" and len(options.predict) < 2:
@@ -79,8 +80,7 @@ def checkpoint_of(options: LabOptions) -> Path:
     """The checkpoint that is read, or written."""
     if options.evaluate or options.predict:
         return options.evaluate or options.predict[0]
-    there = os.path.isdir(options.output_dir)  # which also takes names that are none
-    found = [x for x in options.output_dir.glob("noprop_*.pt") if len(x.suffixes) == 1] if there else []
+    found = [x for x in map(options.checkpoint, CONFIGS.values()) if os.path.exists(x)]
     if options.resume and not options.objective and found:
         if len(found) > 1:
             names = ", ".join(x.stem.removeprefix("noprop_") for x in found)
@@ -120,8 +120,8 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
         settings |= {"embedding": "fixed"} if options.embedding_from else {}
         settings |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
         return replace(start, **settings)
-    except (TypeError, ValueError) as error:
-        raise Failure(f"cannot use these settings: {error}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise Failure(f"cannot use these settings: {Failure(error)}") from error
 
 
 def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, Any], arguments: list[str]):
@@ -130,7 +130,8 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
     kind = options.named_objective or saved.objective
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
-    free = () if options.predict else saved.FREE if options.evaluate else ("epochs",)
+    free = saved.FREE if options.evaluate or options.predict else ("epochs",)
+    given |= {"dataset": options.dataset} if options.dataset else {}
     chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
     implied = start_of(chosen, own={})  # what a data set brings was free to be another
     if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
@@ -236,6 +237,10 @@ def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """One worker of a search, then a run with the best settings; returns the exit code."""
+    if config.all_images or config.blocks:
+        raise Failure(
+            "a search judges whole networks by validation images: it takes no all_images, no blocks"
+        )
     kind, step = kind_and_step(config, options.graphs, device)
     data = load_data(config, options.data_root, device)
 
@@ -266,10 +271,13 @@ def merge(arguments: list[str]) -> int:
 
 def weights(arguments: list[str]) -> int:
     """Write a checkpoint without what only training needs; returns the exit code."""
+    if {"--help", "-h"} & {*arguments}:
+        say(USAGE)
+        return 0
     if len(arguments) != 2:
         raise Failure("weights takes a checkpoint and the file to write")
     source, target = map(Path, arguments)
-    if target.exists():
+    if os.path.exists(target):
         raise Failure(f"{target} is there already: remove it, or choose another name")
     noprop.write_file(target, content := weights_only(source))
     say(f"{target}: {len(content) / 1e6:.2f} MB, for evaluate and predict.")
@@ -285,7 +293,7 @@ def demo(arguments: list[str]) -> int:
     config, device = content["config"], noprop.pick_device(LabOptions(device=options.device))
     if isinstance(config, flows.FlowConfig | cascade.CascadeConfig):
         raise Failure(f"the demo shows a chain of denoising blocks, and {config.objective} has none")
-    model = network_of(content, options.checkpoint, device)
+    model = network_of(content, options.checkpoint, device, replace(config, temperature=0.0))
     drawing.show(partial(drawing.answer, model, config, options.early_exit), options.port)
     return 0
 
@@ -298,6 +306,8 @@ def execute(arguments: list[str]) -> int:
         say("" if helps else f"error: {command} is no command\n", end="", file=sys.stderr)
         say(USAGE, file=sys.stdout if helps else sys.stderr)
         return 0 if helps else 2
+    for flag in {x.split("=")[0].replace("_", "-") for x in rest} & noprop.COMMANDS.keys():
+        raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
     with parallel.processes(), told_once():
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")

@@ -35,12 +35,15 @@ FILES = tuple(noprop_example.MD5)
 def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data:
     """The three splits of the config's data set. Raises Failure."""
     name = config.source.name
-    if config.dataset == "folder":
-        train, test = read_folder(root, config)
-    elif "cifar" in config.dataset:
-        train, test = read_cifar(root, name)
-    else:
-        train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
+    try:
+        if config.dataset == "folder":
+            train, test = read_folder(root, config)
+        elif "cifar" in config.dataset:
+            train, test = read_cifar(root, name)
+        else:
+            train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
+    except OSError as error:  # a folder that is not there, or another user's
+        raise Failure(f"cannot read --data-root {root}: {Failure(error)}") from error
     data = split_data(train, test, config, device)
     if config.all_images:
         data = data._replace(train=Split(*(torch.cat(x) for x in zip(data.train, data.val, strict=True))))
@@ -150,7 +153,7 @@ def layout(root: Path) -> tuple[Path, Path | None]:
     train = next((folders[x] for x in TRAIN if x in folders and len(subfolders(folders[x])) > 1), None)
     if train is None:
         return root, None
-    return train, next((folders[x] for x in TEST if x in folders), None)
+    return train, next((folders[x] for x in TEST if x in folders and subfolders(folders[x])), None)
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
@@ -161,6 +164,11 @@ def class_folders(root: Path) -> tuple[str, ...]:
     return names
 
 
+def refuse(error: OSError) -> None:
+    """A folder that can't be read is no empty one."""
+    raise Failure(f"cannot read the pictures in {error.filename}: {Failure(error)}") from error
+
+
 def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -> list[tuple[Path, int]]:
     """Picture files and their labels, in order; what else there is is added to skipped. Raises Failure."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -168,9 +176,9 @@ def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -
     found = []
     for label, name in enumerate(classes):
         before = len(found)
-        for place, folders, files in sorted(os.walk(folder / name, followlinks=True)):
+        for place, folders, files in sorted(os.walk(folder / name, onerror=refuse, followlinks=True)):
             paths = [Path(place, x) for x in sorted(files)]
-            good = [x for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)]
+            good = {x: None for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)}
             if any(map(hidden, Path(place).relative_to(folder).parts[1:])):
                 continue
             found += [(x, label) for x in good]
@@ -187,7 +195,7 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
     a sixth: so it stays one when others are added. Prints classes, counts, and what was skipped.
     """
     train, test = layout(root)
-    skipped = [x for place in {root, train} for x in sorted(place.iterdir()) if hidden(x.name)]
+    skipped = [x for place in dict.fromkeys((root, train)) for x in sorted(place.iterdir()) if hidden(x.name)]
     skipped += [x for x in subfolders(root).values() if train != root and x not in (train, test)]
 
     def for_testing(path: Path) -> bool:
@@ -199,9 +207,9 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
         parts = pictures, find_pictures(test, config.classes, skipped)
     else:
         parts = [[x for x in pictures if for_testing(x[0]) == wanted] for wanted in (False, True)]
-    for place, part in zip((train, test or train), parts, strict=True):
+    for place, part, use in zip((train, test or train), parts, ("train", "test"), strict=True):
         if len(part) < 10:
-            raise Failure(f"{place} has too few pictures: {len(part)} of at least 10")
+            raise Failure(f"{place} has too few pictures to {use} on: {len(part)} of at least 10")
     if os.environ.get("RANK", "0") == "0":
         tell_pictures(config.classes, [[label for _, label in part] for part in parts], skipped, root)
     return tuple(

@@ -16,14 +16,14 @@ def early_exit(model: NoProp, images: Tensor, threshold: float) -> tuple[Tensor,
     blocks so far, see NoProp.by_average. images: see NoProp.probabilities(), whose ValueErrors are raised
     here too. Nothing is sampled: τ = 0.
     """
-    answers, blocks = [], []
+    answers, blocks, by_average = [], [], model.by_average and not model.config.temperature
     for image in model.batches(images):
         z, inside = model.start(image), torch.arange(len(image), device=image.device)
         answer, used = image.new_zeros(len(image), model.classifier.out_features), torch.zeros_like(inside)
         for t in range(1, len(model.blocks) + 1):
             u_hat, z = model.step(t, image, z)
             probability = model.classify(u_hat, z).softmax(-1)
-            if model.by_average:
+            if by_average:
                 probability = answer[inside].lerp(probability, 1 / t)
             answer[inside] = probability
             used[inside] = t

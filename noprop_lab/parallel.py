@@ -164,6 +164,8 @@ def agreement(
 
 def run(state: SharedState, data: Data, options: Options, content: dict[str, Any] | None, end) -> int:
     """noprop_example.run() in the first process; the others train along, and print nothing."""
+    if on_first(data.digest) != data.digest():
+        raise Failure("the images of this process are not those of the first: give all of them the same")
     often = replace(options, checkpoint_minutes=sys.float_info.max)  # the processes save when they agree to
     started = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,8 @@ import torch
 import noprop_example as noprop
 from noprop_example import Data, Failure, Options, State, say
 from noprop_lab.cascade import CascadeConfig
-from noprop_lab.flows import FlowConfig
 from noprop_lab.networks import LabState, read_checkpoint
-from noprop_lab.settings import LabConfig
+from noprop_lab.settings import LabConfig, WholeConfig
 
 
 def part_names(blocks: list[int], num_blocks: int) -> list[str]:
@@ -40,13 +40,15 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
     started, contents = time.perf_counter(), [read_checkpoint(path) for path in paths]
     configs = [content["config"] for content in contents]
     for config in configs:
-        if isinstance(config, FlowConfig | CascadeConfig):
+        if isinstance(config, WholeConfig | CascadeConfig):
             raise Failure(f"{config.together}: there is nothing to merge")
     check_parts(paths, contents, configs)
     whole, config = contents[0], replace(configs[0], blocks=None)
     for part, other in zip(contents[1:], configs[1:], strict=True):
         put_in(whole, part, part_names(other.own_blocks, other.num_blocks), exchange=not configs[0].blocks)
     data = load_data(config, options.data_root, device)
+    if whole["data"] != data.digest():
+        raise Failure(f"the images are not those that {paths[0]} was trained on: bring them back")
     with noprop.locked(options.output_dir):
         state = LabState(config, device)
         noprop.keep_older(path := options.checkpoint(config))
@@ -87,6 +89,9 @@ def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list
             here, there = (getattr(x, name) for x in (config, first))
             if here != there:
                 raise Failure(f"{path} and {paths[0]} differ in {name}: {here} and {there}")
+        shapes = ({name: x.shape for name, x in y["model"].items()} for y in (content, contents[0]))
+        if operator.ne(*shapes):
+            raise Failure(f"{path} and {paths[0]} have other weights: their blocks are built differently")
         if not torch.equal(*(x["model"]["label_embedding.weight"] for x in (content, contents[0]))):
             raise Failure(f"{path} and {paths[0]} have different label embeddings")
         if not exchange and content["data"] != contents[0]["data"]:

@@ -69,14 +69,14 @@ def open_upright(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.draft(None, (SIDE, SIDE))  # a JPEG need not be unpacked larger
-            deep = file.mode.startswith("I")  # 16 bits, which convert() would clip
+            deep = file.mode[0] in "IF"  # 16 bits, or floats, which convert() would clip
             picture = ImageOps.exif_transpose(file)
             picture = eight_bits(picture) if deep else picture
         picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
         if (factor := math.ceil(max(picture.size) / SIDE)) > 1:
             picture = picture.reduce(factor)
         return picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
 
 

@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLA
 import noprop_example as noprop
 from noprop_example import Data, Failure, say, standard_error
 from noprop_lab.networks import read_checkpoint
-from noprop_lab.settings import LabConfig, LabOptions
+from noprop_lab.settings import LabConfig, LabOptions, WholeConfig
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 LOCK = ".noprop_hpo.lock"  # among the workers that share an output folder
@@ -39,8 +39,9 @@ def url_of(options: LabOptions):
     try:
         if options.hpo_storage:
             return make_url(options.hpo_storage)
-    except ArgumentError as error:
-        raise Failure(f"--hpo-storage is no URL of a database: {options.hpo_storage}") from error
+    except (ArgumentError, ValueError) as error:  # of a port that is no number
+        shown = options.hpo_storage.partition("//")[0]  # what follows may hold a password
+        raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
     return URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
 
 
@@ -73,7 +74,7 @@ def database_failures(where: str, code: int) -> Iterator[None]:
     """Turn what a database or its driver raises into a Failure."""
     try:
         yield
-    except (SQLAlchemyError, OptunaError, ImportError) as error:
+    except (SQLAlchemyError, OptunaError, ImportError, OSError, NotImplementedError) as error:
         raise Failure(f"{where}: {Failure(error.__cause__ or error)}", code) from error
 
 
@@ -118,35 +119,32 @@ class Worker:
     new_state(config) makes what a trial trains.
     """
 
-    number = None  # of the trial that it runs
-
     def __init__(self, config, options, data, new_state, storage, step=noprop.train_step):
         self.config, self.options, self.data = config, options, data._replace(test=None)
         self.new_state, self.step, self.suggest = new_state, step, space_of(config)
         warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
-        self.study = noprop.open_study(config, options, storage, self.suggest, options.hpo_objective)
+        shared = replace(config, step_threads=1) if isinstance(config, WholeConfig) else config
+        self.study = noprop.open_study(shared, options, storage, self.suggest, options.hpo_objective)
 
     def trials(self, *states: str) -> list:
         return noprop.trials_of(self.study, *states)
 
     def run(self, signalled: Callable[[], int]) -> None:
         """Run trials until the study has enough, whoever ran them. Raises SystemExit at a signal."""
-        deadline = time.monotonic() + (self.options.hpo_timeout or math.inf)
+        limit = self.options.hpo_timeout
+        deadline = time.monotonic() + (math.inf if limit is None else limit)
         while len(self.trials("COMPLETE", "PRUNED")) < self.options.hpo_trials:
             if time.monotonic() > deadline:
                 break
             try:
                 noprop.next_trial(self.study, self.config.seed, partial(self.trial, signalled=signalled))
-            except Failure:
-                raise
-            except (ValueError, UpdateFinishedTrialError):  # Optuna raises either
-                if self.study.trials[self.number].state.name != "FAIL":
+            except (ValueError, UpdateFinishedTrialError) as error:  # Optuna raises either
+                if isinstance(error, ValueError) and not str(error).startswith("Cannot tell a FAIL trial"):
                     raise
                 say("A trial of this worker was taken for dead, and is run by another.")
 
     def trial(self, trial, signalled: Callable[[], int]) -> float:
         """The objective: a short training."""
-        self.number = trial.number
         trial.set_user_attr("settings", settings := self.suggest(trial))
         state = self.new_state(replace(self.config, epochs=self.options.hpo_epochs, **settings))
         try:
@@ -154,8 +152,8 @@ class Worker:
                 trial, state, self.data, self.options, signalled, self.step, self.cost
             )
         except SystemExit:
-            self.study.enqueue_trial(trial.params)  # at once, for whoever is there
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            self.study.enqueue_trial(trial.params)  # at once, for whoever is there
             raise
 
     def cost(self, record: dict[str, Any]) -> float:
@@ -216,6 +214,9 @@ def search(
                     worker.report()
                 return stop.code
             best = worker.report()
+            if number := signalled():
+                say("Stopped. The same command goes on.")
+                return 128 + number
     if not options.hpo_final_run:
         return 0
     say("\nTraining with the best settings.")

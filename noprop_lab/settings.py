@@ -71,6 +71,8 @@ class LabConfig(Config):
             raise Failure("embed_scale 0 makes all labels the same")
         if self.image_size < 28:
             raise Failure(f"image_size must be at least 28, not {self.image_size}")
+        if self.image_size != LabConfig.image_size and self.dataset != "folder":
+            raise Failure("image_size is of dataset folder: the others have a size of their own")
         if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
             raise Failure("classes are those of dataset folder, each of them once")
         if self.all_images and self.select != "last":
@@ -130,7 +132,8 @@ class LabConfig(Config):
         ours = dict(classify="u_hat", all_images=False, image_size=32, classes=(), mirror=False)
         ours |= dict(dataset="mnist", blocks=None, embed_scale=1.0)
         whole = asdict(self) | {"embed_dim": self.dim}
-        kept = {name: x for name, x in whole.items() if name not in ours or x != ours[name]}
+        plain = {name for name, x in ours.items() if x == whole[name] == getattr(type(self), name)}
+        kept = {name: x for name, x in whole.items() if name not in plain}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in kept.items()}
 
 
@@ -164,6 +167,8 @@ class LabOptions(Options):
     objective: Literal["hybrid", "dt", "ct", "fm", "backprop", "cascade"] | None = None  # paper: dt, ct, fm
     dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
     graphs: bool = False  # on an NVIDIA GPU: replay each training step as one CUDA graph, which is faster
+    # Files and machine
+    threads: int = torch.get_num_threads()  # on the CPU; last bits depend on it for ct, fm and backprop alone
     # Parts of a network
     blocks: str | None = None  # train only these, as in 3,4 or 3-5; takes a fixed embedding, for merge
     embedding_from: Path | None = None  # a checkpoint whose label embedding is taken, and stays fixed
@@ -185,6 +190,11 @@ class LabOptions(Options):
             raise Failure(f"early_exit must be above 0, at most 1, not {self.early_exit}")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise Failure("early_exit goes with evaluate or predict")
+        named = [x.name for x in fields(self) if "hpo_" in x.name and getattr(self, x.name) != x.default]
+        if named and not self.run_hpo:
+            raise Failure(f"{named[0]} is of a search: leave it out")
+        if self.run_hpo and self.embedding_from:
+            raise Failure("--embedding-from is of training: a search has the embedding that it starts from")
         if self.graphs and (self.evaluate or self.predict):
             raise Failure("--graphs is of training: leave it out")
         if self.blocks and (self.run_hpo or self.evaluate or self.predict):

@@ -6,12 +6,13 @@ import hashlib
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, noprop
-from laboratory import flags_of, lab, quick_lab, refused
+from laboratory import flags_of, lab, quick_lab, refused, untrained
 from PIL import Image
 
 from noprop_lab import data as lab_data
@@ -331,6 +332,37 @@ def test_names_of_split_folders(tmp_path, capsys, train, test):
     found = lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
     assert [len(x.labels) for x in found] == [40, 14]
     assert capsys.readouterr().out == "Pictures to train + test on: blue 20 + 7, red 20 + 7\n"
+
+
+def test_a_test_folder_without_classes_is_passed_over(tmp_path, capsys):
+    """As in competitions, whose pictures to test on have no labels."""
+    blue_and_red(tmp_path / "train", images=20)
+    blue_and_red(tmp_path / "val", images=7)
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "test" / "1.png")
+    found = lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
+    assert [len(x.labels) for x in found] == [40, 14] and "Skipped: test" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_or_can_not_be_read_is_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = untrained(tmp_path, LabConfig(num_blocks=2, dataset="folder", classes=("a", "b")))
+    refused(capsys, 2, ["evaluate", str(path), "--data-root=typo"], "cannot read --data-root typo: No such")
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lab_data, "subfolders", forbidden)
+    refused(capsys, 2, ["train", "--dataset=folder", "--data-root=typo"], "Permission denied")
+
+
+def test_a_damaged_file_in_a_folder_without_a_parent(tmp_path, fashion, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fm").mkdir()
+    for name, content in fashion.items():
+        (Path("fm") / f"{name}.gz").write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(noprop.Failure, match="cannot read fm/.*; see --data-root"):
+        lab_data.load_data(FASHION, Path("fm"))
 
 
 def test_a_class_may_be_named_train(tmp_path, capsys):

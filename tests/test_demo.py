@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, noprop
-from laboratory import refused, untrained
+from laboratory import lab, refused, untrained
 from PIL import Image, ImageDraw
 
 from noprop_lab.ct import CTConfig
 from noprop_lab.demo import answer, emerging
+from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import load
 from noprop_lab.settings import WEIGHTS, LabConfig
@@ -146,6 +147,13 @@ def test_what_the_page_can_not_show_is_refused(tmp_path, capsys):
     refused(capsys, 2, ["demo", "--device", "no"], "--device no can't be used here")
     refused(capsys, 2, ["demo", "--port", "70000"], "port must be at most 65535")
     refused(capsys, 2, ["demo", "--early-exit", "1.5"], "early_exit above 0, at most 1")
+
+
+def test_without_temperature_nothing_is_sampled_of_no_network(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("noprop_lab.demo.show", lambda ask, port: shown.append(ask.args[0]))
+    assert lab.main(["demo", str(untrained(tmp_path, DTConfig(num_blocks=2)))]) == 0
+    assert shown[0].config.temperature == 0 and DTConfig().temperature == 1
 
 
 def test_without_gradio_a_line_says_what_to_install(capsys, monkeypatch):

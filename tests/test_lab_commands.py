@@ -1,5 +1,6 @@
 """The commands of the lab: what the flags mean, what is refused, and whose checkpoint is read by whom."""
 
+import json
 import re
 import shlex
 from dataclasses import fields, replace
@@ -181,6 +182,13 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("train --dataset svhn", "--dataset"),
         ("train --config svhn.json", "cannot use these settings: dataset can't be"),
         ("train --image-size 20", "image_size must be at least 28"),
+        ("train --image-size 64", "image_size is of dataset folder"),
+        ("train --evaluate F", "--evaluate is a command: python -m noprop_lab evaluate"),
+        ("train --predict=F a.png", "--predict is a command: python -m noprop_lab predict"),
+        ("train --run_hpo", "--run-hpo is a command: python -m noprop_lab search"),
+        ("merge F F --evaluate F", "--evaluate is a command"),
+        ("train --hpo-timeout 3", "hpo_timeout is of a search"),
+        ("merge a b --hpo-trials 3", "hpo are of a search"),
         ("train --all-images", "all_images leaves none to select by: it takes select last"),
         ("train --early-exit 0.5", "early_exit goes with evaluate or predict"),
         ("train --speed 1", "--speed"),
@@ -190,12 +198,16 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("evaluate F --blocks 1", "take all blocks, not 1 alone"),
         ("evaluate F --objective dt", "--objective dt contradicts F, which has hybrid"),
         ("evaluate F --dataset kmnist", "--dataset kmnist contradicts F, which has mnist"),
+        ("evaluate K --dataset mnist", "--dataset mnist contradicts K, which has kmnist"),
         ("evaluate F --resume", "choose one of"),
         ("evaluate", "--evaluate"),
         ("predict", "--predict: expected at least one argument"),
         ("predict F", "a checkpoint and then at least one image file"),
         ("predict F none.png", "cannot read the image none.png"),
         ("search --blocks 1 --embedding fixed", "take all blocks, not 1 alone"),
+        ("search --embedding-from F", "--embedding-from is of training"),
+        ("search --all-images --select last", "a search judges whole networks by validation images"),
+        ("search --config part.json", "a search judges whole networks by validation images"),
         ("merge", "merge takes two checkpoints at least"),
         ("merge F", "merge takes two checkpoints at least"),
         ("merge a b --lr 99", "merge takes no --lr"),
@@ -211,7 +223,10 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
 def test_what_is_refused_is_named(arguments, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     untrained(tmp_path).rename("F")
+    untrained(tmp_path, LabConfig(num_blocks=3, dataset="kmnist")).rename("K")
     (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
+    part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}
+    (tmp_path / "part.json").write_text(json.dumps(part))
     before = set(tmp_path.iterdir())
     refused(capsys, 2, arguments.split(), word)
     assert set(tmp_path.iterdir()) == before
@@ -311,6 +326,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
         LabConfig(num_blocks=2, block="paper"),
         LabConfig(num_blocks=2, classify="z"),
         DTConfig(num_blocks=2),
+        DTConfig(num_blocks=2, classify="u_hat"),
         BackpropConfig(num_blocks=2),
         CascadeConfig(num_blocks=2, hand_on="label"),
     ],

@@ -393,6 +393,14 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
 # --- Early exit --------------------------------------------------------------------------------------------
 
 
+def test_an_early_exit_of_a_network_that_samples_is_by_its_blocks(data):
+    """That the average answers was decided for samples, and an early exit draws none."""
+    model = noprop.build(noprop.Config(num_blocks=3, temperature=1.0, weights="ddpm")).eval()
+    expected = early_exit(model, data.test.images[:200], 0.2)
+    model.by_average = True
+    assert all(map(torch.equal, early_exit(model, data.test.images[:200], 0.2), expected))
+
+
 @pytest.mark.parametrize("by_average", [False, True])
 def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(by_average, data):
     model, images = load(WEIGHTS), data.test.images[:600]

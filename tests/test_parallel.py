@@ -18,6 +18,7 @@ from conftest import ROOT, ended, noprop, start, wait_until
 from laboratory import contents, equal, flags_of, lab, quick_lab, refused
 
 from noprop_lab import parallel
+from noprop_lab.settings import LabConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -156,6 +157,13 @@ def test_an_error_in_a_collective_is_named_as_what_it_is(error, message, monkeyp
         assert message in str(caught.value) and caught.value.code == 1 and "\n" not in str(caught.value)
     else:
         assert caught.value is error
+
+
+def test_processes_with_other_images_do_not_train(monkeypatch, tmp_path, data):
+    monkeypatch.setattr(parallel, "on_first", lambda function, *_: "of other images")
+    state = parallel.SharedState(LabConfig(num_blocks=2))
+    with pytest.raises(noprop.Failure, match="the images of this process are not those of the first"):
+        parallel.run(state, data, noprop.Options(output_dir=tmp_path), None, noprop.finish)
 
 
 def test_what_is_not_for_processes_is_refused(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noprop, same
-from laboratory import contents, equal, flags_of, lab, quick_lab, refused
+from laboratory import contents, equal, flags_of, lab, quick_lab, refused, untrained
+
+from noprop_lab.backprop import BackpropConfig
 
 FIXED = "--embedding=fixed"
 
@@ -70,6 +72,25 @@ def test_a_block_trained_in_the_folder_of_the_network_whose_embedding_it_takes(p
     assert path.read_bytes() == content
     assert lab.main(["train", *flags_of(tmp_path, f"--embedding-from={path}", "--blocks=2")]) == 0
     assert (tmp_path / "noprop_hybrid.1.pt").read_bytes() == content
+
+
+def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, capsys, monkeypatch):
+    files = [str(parts / name / "noprop_hybrid.pt") for name in ("1", "2", "3")]
+    command = ["merge", f"--output-dir={tmp_path / 'out'}"]
+    twin = str(untrained(tmp_path / "twin", BackpropConfig(num_blocks=3)))
+    refused(capsys, 2, [*command, twin, twin], "backprop trains one network as a whole")
+    content = contents(Path(files[1]))
+    content["model"]["blocks.1.more"] = torch.zeros(1)
+    torch.save(content, tmp_path / "more.pt")
+    refused(capsys, 2, [*command, files[0], str(tmp_path / "more.pt"), files[2]], "have other weights")
+    few = lab.load_data
+
+    def fewer(*arguments) -> noprop.Data:
+        return few(*arguments)._replace(test=few(*arguments).val)
+
+    monkeypatch.setattr(lab, "load_data", fewer)
+    refused(capsys, 2, [*command, *files], "the images are not those that")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tm
     assert waiting == {name: noprop.Config().saved()[name] for name in waiting} and len(waiting) == 5
     for config, options in (
         (noprop.Config(num_blocks=9), noprop.Options()),
-        (noprop.Config(), noprop.Options(hpo_epochs=2)),
+        (noprop.Config(), noprop.Options(hpo_epochs=2, run_hpo=True)),
     ):
         assert noprop.open_study(config, options, url, noprop.suggest).study_name != first.study_name
     same = noprop.open_study(noprop.Config(lr=0.02), noprop.Options(), url, noprop.suggest)

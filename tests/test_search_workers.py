@@ -277,11 +277,49 @@ def test_a_signal_in_a_trial_loses_nothing(tmp_path):
         (["--hpo-storage=nonsense"], "--hpo-storage is no URL of a database: nonsense"),
         (["--hpo-storage=oracle://x"], "oracle"),
         (["--hpo-storage=nothing://x"], "nothing"),
+        (["--hpo-storage=postgresql://user:secret/x"], "no URL of a database: postgresql:\n"),
     ],
 )
 def test_a_bad_database_is_named_without_its_password(tmp_path, capsys, more, word):
-    refused(capsys, 2, ["search", *flags(tmp_path), *more], word)
+    assert lab.main(["search", *flags(tmp_path), *more]) == 2
+    line = capsys.readouterr().err
+    assert word in line and line.count("\n") == 1 and "secret" not in line
     assert not (tmp_path / "noprop_hpo.db").exists()
+
+
+def test_a_folder_that_can_not_be_locked_is_a_line(tmp_path, capsys, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", forbidden)
+    refused(capsys, 2, flags(tmp_path), "Permission denied", main=quick_search)
+
+
+def test_a_fault_in_the_readers_space_ends_the_search(tmp_path, monkeypatch):
+    """Optuna marks the trial as failed, as it does with one that was taken for dead."""
+
+    def suggest(trial) -> dict:
+        return {"lr": trial.suggest_categorical("lr", [0.01, 0.02 + trial.number])}
+
+    monkeypatch.setattr(noprop, "suggest", suggest)
+    with pytest.raises(ValueError, match="dynamic value space"):
+        search(tmp_path, hpo_trials=4)
+
+
+def test_a_signal_after_the_last_trial_ends_the_search_before_the_final_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hpo, "draw_search", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert quick_search(flags(tmp_path)) == 143
+    assert (tmp_path / "hpo_best.json").exists() and not (tmp_path / "noprop_hybrid.pt").exists()
+
+
+def test_workers_with_other_threads_share_a_study(tmp_path):
+    for threads in (1, 2):
+        assert search(tmp_path, "--objective=backprop", threads=threads, hpo_trials=1) == 0
+    assert len(trials(tmp_path)) == 1
+
+
+def test_no_time_is_no_trial(tmp_path, capsys):
+    refused(capsys, 3, flags(tmp_path, hpo_timeout=0), "no trial of the search", main=quick_search)
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
