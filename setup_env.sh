@@ -27,6 +27,7 @@ wanted=$(printf '%s\n%s' "$sums" "$env")
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/python"; then
     # none, half-made, moved or broken: begin anew
     if [ "$(tail -n 1 "$stamp" 2>/dev/null)" != "$env" ] || ! is_new_enough "$env/bin/python"; then
+        [ -z "${PYTHON:-}" ] || is_new_enough "$PYTHON" || fail "PYTHON=$PYTHON is no Python 3.11 or newer"
         python=""
         for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python; do
             if [ -n "$candidate" ] && is_new_enough "$candidate"; then
