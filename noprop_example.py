@@ -441,9 +441,9 @@ class Options(Checked):
         super().__post_init__()
         if sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume))) > 1:
             raise Failure("choose one of evaluate, predict, run_hpo and resume")
-        named = self.hpo_trials, self.hpo_epochs
-        if not self.run_hpo and named != (Options.hpo_trials, Options.hpo_epochs):
-            raise Failure("flags that begin with --hpo are of a search: leave them out")
+        named = [x.name for x in fields(self) if "hpo_" in x.name and getattr(self, x.name) != x.default]
+        if named and not self.run_hpo:
+            raise Failure(f"{named[0]} is of a search: leave it out")
 
     def checkpoint(self, config: Config) -> Path:
         """Where a run with that config keeps its network."""
@@ -470,8 +470,10 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        parts = (x.cpu().numpy().tobytes() for x in (*self.train, *self.val, *(self.test or ())))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        sha = hashlib.sha256()
+        for part in (*self.train, *self.val, *(self.test or ())):
+            sha.update(part.cpu().numpy().tobytes())
+        return sha.hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
@@ -642,10 +644,8 @@ class State:
         apart, the last is selected: it has averaged more weights at a lower learning rate.
         """
         self.history, self.log = [*self.history, record], []
-        if self.config.select == "validation":
-            best = max(x["val_accuracy"] for x in self.history)
-            better = record["val_accuracy"] >= best - standard_error(best, val_images)
-        if self.config.select == "last" or better:
+        best = max(x["val_accuracy"] or 0 for x in self.history)  # without validation images: None
+        if self.config.select == "last" or record["val_accuracy"] >= best - standard_error(best, val_images):
             self.selected, self.selected_epoch = copy.deepcopy(self.averaged.state_dict()), record["epoch"]
 
     def finished(self) -> bool:

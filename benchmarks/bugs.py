@@ -243,19 +243,20 @@ SELECTION = [
     (
         "selection by test accuracy",
         """\
-            best = max(x["val_accuracy"] for x in self.history)
-            better = record["val_accuracy"] >=""",
+        best = max(x["val_accuracy"] or 0 for x in self.history)  # without validation images: None
+        if self.config.select == "last" or record["val_accuracy"] >=""",
         """\
-            best = max(x.get("test_accuracy", x["val_accuracy"]) for x in self.history)
-            better = record.get("test_accuracy", record["val_accuracy"]) >=""",
+        best = max(x.get("test_accuracy", x["val_accuracy"]) for x in self.history)
+        if self.config.select == "last" or record.get("test_accuracy", record["val_accuracy"]) >=""",
     ),
     (
         "selection of the first epoch within one standard error",
-        'if self.config.select == "last" or better:',
+        'if self.config.select == "last" or record["val_accuracy"] >= best - standard_error(best, val_images):',
         """\
 kept = self.selected_epoch and self.config.select == "validation"
-        kept = kept and self.history[self.selected_epoch - 1]["val_accuracy"]
-        if self.config.select == "last" or better and kept < best - standard_error(best, val_images):""",
+        kept, limit = kept and self.history[self.selected_epoch - 1]["val_accuracy"], best
+        limit -= standard_error(best, val_images)
+        if self.config.select == "last" or record["val_accuracy"] >= limit > kept:""",
     ),
     ("selection of the best epoch alone", ">= best - standard_error(best, val_images)", ">= best"),
     (

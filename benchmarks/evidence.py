@@ -381,8 +381,6 @@ def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
         sets["Fashion-MNIST"] = ["--block=small", "--dataset=fashion_mnist", own_root]
     for dataset, of_set in sets.items():
         flags = {name: [*own, *of_set] for name, (own, _) in PAPER.items()}
-        for own in flags.values() if of_set else ():
-            own += [] if {CT, FM} & {*own} else ["--num-blocks=10"]
         for name, found in run(flags, seeds, at_once=2).items():
             row = rows.setdefault(name, {"epochs": [x["epochs"] for x in found]})
             if dataset == "MNIST" and PAPER[name][1]:

@@ -59,7 +59,8 @@ def read_command_line(
     read = partial(noprop.read_flags, prog=f"python -m noprop_lab {command}{files}")
     if {"--help", "-h"} & set(arguments):
         plain = [x for x in arguments if x not in ("--help", "-h")]
-        named = LabOptions(**read(plain, LabOptions, rest=[])).named_objective
+        given = read(plain, LabOptions, rest=[])
+        named = LabOptions(**{x: given[x] for x in ("objective", "preset") if x in given}).named_objective
         read(["--help"], CONFIGS[named or "hybrid"], LabOptions)
     arguments = translated(command, arguments)
     options = LabOptions(**read(arguments, LabOptions, rest=[]))
@@ -72,8 +73,8 @@ def read_command_line(
         return over_checkpoint(options, content, path, given, arguments), options, content
     if options.resume:
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    start = start_of(options)
-    return replace(start, **settings_in(arguments, type(start), read)), options, None
+    given = settings_in(arguments, CONFIGS[options.named_objective or "hybrid"], read)
+    return replace(start_of(options, block=given.get("block")), **given), options, None
 
 
 def checkpoint_of(options: LabOptions) -> Path:
@@ -98,8 +99,11 @@ def read_settings(path: Path | None) -> dict[str, Any]:
         raise Failure(f"cannot read settings from {path}: it must be like hpo_best.json") from error
 
 
-def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfig:
-    """The config that flags change: of an objective, a preset, a data set's own settings, a file."""
+def start_of(options: LabOptions, own: dict[str, Any] | None = None, block: str | None = None) -> LabConfig:
+    """The config that flags change: of an objective, a preset, a data set's own settings, a file.
+
+    A data set's own number of blocks goes with its block: not with another, of a preset, a file, or a flag.
+    """
     kind = CONFIGS[options.named_objective or "hybrid"]
     if options.preset == "paper" and not hasattr(kind, "paper"):
         raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
@@ -113,14 +117,14 @@ def start_of(options: LabOptions, own: dict[str, Any] | None = None) -> LabConfi
             own = SOURCES[dataset].settings if dataset in SOURCES else {}
             own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
         free = {x for x in own if getattr(start, x) == getattr(plain, x)} - {*kind.WITHOUT_EFFECT}
-        free -= {"num_blocks"} if start.block != plain.block else set()  # T goes with the block
+        free -= {"num_blocks"} if block or "block" in given or start.block != plain.block else set()
         settings = {name: x for name, x in own.items() if name in free}
         settings |= {"step_threads": options.threads} if issubclass(kind, WholeConfig) else {}
         settings |= given | {"dataset": dataset}
         settings |= {"embedding": "fixed"} if options.embedding_from else {}
         settings |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
         return replace(start, **settings)
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise Failure(f"cannot use these settings: {Failure(error)}") from error
 
 
@@ -306,9 +310,9 @@ def execute(arguments: list[str]) -> int:
         say("" if helps else f"error: {command} is no command\n", end="", file=sys.stderr)
         say(USAGE, file=sys.stdout if helps else sys.stderr)
         return 0 if helps else 2
-    for flag in {x.split("=")[0].replace("_", "-") for x in rest} & noprop.COMMANDS.keys():
-        raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
     with parallel.processes(), told_once():
+        for flag in {x.split("=")[0].replace("_", "-") for x in rest} & noprop.COMMANDS.keys():
+            raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")
         if command == "merge":

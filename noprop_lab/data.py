@@ -126,7 +126,10 @@ def read_cifar(root: Path, name: str) -> tuple[Split, Split]:
 
 # --- Folders of pictures -----------------------------------------------------------------------------------
 
-TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # the first there is
+TRAIN, TEST = (
+    ("train", "training"),
+    ("test", "testing", "val", "valid", "validation"),
+)  # the first with folders
 
 
 def hidden(name: str) -> bool:
@@ -154,7 +157,10 @@ def layout(root: Path) -> tuple[Path, Path | None]:
 
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the classes of a folder of pictures: its subfolders, or those of its subfolder train."""
-    names = tuple(subfolders(layout(root)[0]))
+    try:
+        names = tuple(subfolders(layout(root)[0]))
+    except OSError as error:
+        raise Failure(f"cannot read --data-root {root}: {Failure(error)}") from error
     if len(names) < 2:
         raise Failure(f"--data-root {root} must hold a folder of pictures for each class, two at least")
     return names

@@ -164,8 +164,10 @@ def agreement(
 
 def run(state: SharedState, data: Data, options: Options, content: dict[str, Any] | None, end) -> int:
     """noprop_example.run() in the first process; the others train along, and print nothing."""
-    if on_first(data.digest) != data.digest():
-        raise Failure("the images of this process are not those of the first: give all of them the same")
+    digests = [""] * rank_and_size()[1]
+    collective(dist.all_gather_object, digests, data.digest())
+    if len({*digests}) > 1:  # all of them stop
+        raise Failure("the processes have different images: give all of them the same --data-root")
     often = replace(options, checkpoint_minutes=sys.float_info.max)  # the processes save when they agree to
     started = False
 

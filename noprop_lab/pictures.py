@@ -81,8 +81,8 @@ def open_upright(path: Path) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits, of which a camera or scanner may have used 10 or 12."""
-    values = np.asarray(picture, np.float32)
+    """Grey of 16 bits, of which a camera or scanner may have used 10 or 12, or of floats from 0 to 1."""
+    values = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
     return Image.fromarray((values * (255 / max(1, values.max()))).round().astype(np.uint8))
 
 

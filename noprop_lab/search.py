@@ -40,7 +40,7 @@ def url_of(options: LabOptions):
         if options.hpo_storage:
             return make_url(options.hpo_storage)
     except (ArgumentError, ValueError) as error:  # of a port that is no number
-        shown = options.hpo_storage.partition("//")[0]  # what follows may hold a password
+        shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
         raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
     return URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
 
@@ -74,7 +74,7 @@ def database_failures(where: str, code: int) -> Iterator[None]:
     """Turn what a database or its driver raises into a Failure."""
     try:
         yield
-    except (SQLAlchemyError, OptunaError, ImportError, OSError, NotImplementedError) as error:
+    except (SQLAlchemyError, OptunaError, ImportError) as error:
         raise Failure(f"{where}: {Failure(error.__cause__ or error)}", code) from error
 
 
@@ -164,7 +164,7 @@ class Worker:
         """Print the five best trials, write hpo_best.json, draw; returns the best settings. Or a Failure."""
         complete, stopped = self.trials("COMPLETE"), self.trials("PRUNED")
         if not complete:
-            raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
+            raise Failure("no trial of the search is complete: look at suggest(), or give it more time", 3)
         best, folder = sorted(complete, key=lambda trial: trial.value)[:5], self.options.output_dir
         error = standard_error(best[0].user_attrs["record"]["val_accuracy"], len(self.data.val.labels))
         say(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
@@ -196,8 +196,10 @@ def search(
     """
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(f"cannot write into --output-dir {options.output_dir}: {error.strerror}") from error
+        with FileLock(options.output_dir / LOCK):  # whether it can be made
+            pass
+    except (OSError, NotImplementedError) as error:
+        raise Failure(f"cannot write into --output-dir {options.output_dir}: {Failure(error)}") from error
     where = url_of(options).render_as_string()  # without a password
     warnings.simplefilter("ignore", ExperimentalWarning)  # so Optuna calls its heartbeats
     with noprop.caught_signals() as signalled:

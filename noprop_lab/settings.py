@@ -190,9 +190,6 @@ class LabOptions(Options):
             raise Failure(f"early_exit must be above 0, at most 1, not {self.early_exit}")
         if self.early_exit < 1 and not (self.evaluate or self.predict):
             raise Failure("early_exit goes with evaluate or predict")
-        named = [x.name for x in fields(self) if "hpo_" in x.name and getattr(self, x.name) != x.default]
-        if named and not self.run_hpo:
-            raise Failure(f"{named[0]} is of a search: leave it out")
         if self.run_hpo and self.embedding_from:
             raise Failure("--embedding-from is of training: a search has the embedding that it starts from")
         if self.graphs and (self.evaluate or self.predict):

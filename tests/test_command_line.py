@@ -93,7 +93,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--temperature", "1"], "takes weights ddpm"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--run-hpo", "--resume"], "choose one of"),
-        (["--hpo-trials=3"], "flags that begin with --hpo are of a search"),
+        (["--hpo-trials=3"], "hpo_trials is of a search"),
         (["--data-root", "/nowhere"], "No such file"),
         (["--output-dir", "/proc/nowhere"], "cannot write into --output-dir"),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),

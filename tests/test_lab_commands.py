@@ -129,13 +129,17 @@ def test_a_preset_wins_over_a_data_set_and_a_flag_over_both(flags, block, epochs
     ("flags", "num_blocks"),
     [
         ("", 3),
+        ("--block=small", 10),
+        ("--config=small.json", 10),
         ("--preset=accurate", 10),
         ("--preset=reference", 10),
         ("--objective=fm", 1),
         ("--num-blocks=4", 4),
     ],
 )
-def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks):
+def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text('{"block": "small"}')
     config = lab.read_command_line("train", ["--dataset=fashion_mnist", *flags.split()])[0]
     assert config.num_blocks == num_blocks
 
@@ -188,7 +192,7 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("train --run_hpo", "--run-hpo is a command: python -m noprop_lab search"),
         ("merge F F --evaluate F", "--evaluate is a command"),
         ("train --hpo-timeout 3", "hpo_timeout is of a search"),
-        ("merge a b --hpo-trials 3", "hpo are of a search"),
+        ("merge a b --hpo-trials 3", "hpo_trials is of a search"),
         ("train --all-images", "all_images leaves none to select by: it takes select last"),
         ("train --early-exit 0.5", "early_exit goes with evaluate or predict"),
         ("train --speed 1", "--speed"),
@@ -247,6 +251,8 @@ def test_help_and_usage(capsys):
     assert errors.startswith("error: fly is no command\nusage: ") and "merge CHECKPOINTS" in errors
     assert lab.main(["predict", "--help"]) == 0
     assert "noprop_lab predict CHECKPOINT PICTURES ... [flags]" in capsys.readouterr().out
+    for flags in ("search --hpo-trials 3", "evaluate F --early-exit 0.9", "weights"):
+        assert lab.main([*flags.split(), "--help"]) == 0
     assert lab.main(["train", "--objective", "dt", "--help"]) == 0
     assert "--early-exit" in capsys.readouterr().out
 

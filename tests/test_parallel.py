@@ -160,9 +160,9 @@ def test_an_error_in_a_collective_is_named_as_what_it_is(error, message, monkeyp
 
 
 def test_processes_with_other_images_do_not_train(monkeypatch, tmp_path, data):
-    monkeypatch.setattr(parallel, "on_first", lambda function, *_: "of other images")
+    monkeypatch.setattr(parallel, "collective", lambda _, found, own: found.extend([own, "of other images"]))
     state = parallel.SharedState(LabConfig(num_blocks=2))
-    with pytest.raises(noprop.Failure, match="the images of this process are not those of the first"):
+    with pytest.raises(noprop.Failure, match="the processes have different images"):
         parallel.run(state, data, noprop.Options(output_dir=tmp_path), None, noprop.finish)
 
 

@@ -277,7 +277,7 @@ def test_a_signal_in_a_trial_loses_nothing(tmp_path):
         (["--hpo-storage=nonsense"], "--hpo-storage is no URL of a database: nonsense"),
         (["--hpo-storage=oracle://x"], "oracle"),
         (["--hpo-storage=nothing://x"], "nothing"),
-        (["--hpo-storage=postgresql://user:secret/x"], "no URL of a database: postgresql:\n"),
+        (["--hpo-storage=postgresql://user:secret/x"], "no URL of a database: postgresql\n"),
     ],
 )
 def test_a_bad_database_is_named_without_its_password(tmp_path, capsys, more, word):
