@@ -251,12 +251,12 @@ SELECTION = [
     ),
     (
         "selection of the first epoch within one standard error",
-        'if self.config.select == "last" or record["val_accuracy"] >= best - standard_error(best, val_images):',
+        'if self.config.select == "last" or record["val_accuracy"] >=',
         """\
 kept = self.selected_epoch and self.config.select == "validation"
-        kept, limit = kept and self.history[self.selected_epoch - 1]["val_accuracy"], best
-        limit -= standard_error(best, val_images)
-        if self.config.select == "last" or record["val_accuracy"] >= limit > kept:""",
+        kept = kept and self.history[self.selected_epoch - 1]["val_accuracy"]
+        late = 1e9 * (kept >= best - standard_error(best, val_images))
+        if self.config.select == "last" or record["val_accuracy"] - late >=""",
     ),
     ("selection of the best epoch alone", ">= best - standard_error(best, val_images)", ">= best"),
     (
