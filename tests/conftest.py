@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import noprop_example as noprop  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU, load_all = torch.device("cpu"), noprop.load_data  # as it is, whatever a test puts in its place
 TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 
@@ -94,7 +94,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def data() -> noprop.Data:
-    return noprop.load_data(noprop.Config())
+    return load_all(noprop.Config())
 
 
 @pytest.fixture(scope="session")
