@@ -250,11 +250,11 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
     return figure
 
 
-def tried(dataset: str) -> str:
+def tried(dataset: str, kinds: tuple[str, ...] = ("chain", "cnns")) -> str:
     """The learning rates that were tried, in words."""
     found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
     text = "Validation loss (and accuracy) by learning rate, of which the smallest loss is chosen"
-    for kind, of_kind in found.items():
+    for kind, of_kind in [(kind, found[kind]) for kind in kinds if kind in found]:
         losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
         text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
     return text + "."

@@ -82,7 +82,7 @@ def report() -> int:
                 apart = [x[name] - x[control.CHAIN] for x in drawn]
                 lines.append(f"| {name} | {interval(apart[0], 2)} | {interval(apart[1], 4)} |")
             parts.append("\n".join(lines))
-            parts.append(control.tried(dataset))
+            parts.append(control.tried(dataset, ("cnns", *(kind.__name__ for kind in RIVALS.values()))))
     noprop.say(text := "\n\n".join(parts))
     write("rivals", text)
     return 0
