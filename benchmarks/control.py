@@ -208,15 +208,21 @@ def table(rows: dict[str, np.ndarray], tempered: np.ndarray) -> str:
         a, b = (x[name] - x[TEN] for x in (accuracy, loss))
         apart = [interval(a, 2), verdict(a, len(kept)), interval(b, 4)] if name != TEN else [""] * 3
         lines.append(f"| {' | '.join([name, *cells, *apart])} |")
-    lines += ["", "| | accuracy | nll |", "|---|---|---|"]
-    for more, less in ((CHAIN, BLOCK), (TEN, ONE), (BLOCK, ONE)):
+    pairs = {f"{more} − {less}": (more, less) for more, less in ((CHAIN, BLOCK), (TEN, ONE), (BLOCK, ONE))}
+    return "\n".join([*lines, "", *differences("", accuracy, loss, pairs)])
+
+
+def differences(title: str, accuracy: dict, loss: dict, pairs: dict[str, tuple[str, str]]) -> list[str]:
+    """Lines of a table: by label, accuracy and loss of one row less those of another, of what was drawn."""
+    lines = [f"| {title} | accuracy | nll |", "|---|---|---|"]
+    for label, (more, less) in pairs.items():
         apart = interval(accuracy[more] - accuracy[less], 2), interval(loss[more] - loss[less], 4)
-        lines.append(f"| {more} − {less} | {' | '.join(apart)} |")
-    return "\n".join(lines)
+        lines.append(f"| {label} | {' | '.join(apart)} |")
+    return lines
 
 
-def short_table(rows: dict[str, np.ndarray]) -> str:
-    """The Markdown table of a data set, beside ten CNNs; rows: (R, n, 2, N) each."""
+def short_table(rows: dict[str, np.ndarray], title: str, pairs: dict[str, tuple[str, str]]) -> str:
+    """The Markdown tables of a data set: rows beside ten CNNs, and differences(); rows: (R, n, 2, N) each."""
     columns = "", "accuracy", "nll", "ECE", "accuracy − ten CNNs'", "nll − ten CNNs'"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     accuracy, loss = (resampled(rows, which) for which in (0, 1))
@@ -225,7 +231,7 @@ def short_table(rows: dict[str, np.ndarray]) -> str:
         cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
         apart = interval(accuracy[name] - accuracy[TEN], 2), interval(loss[name] - loss[TEN], 4)
         lines.append(f"| {' | '.join([name, *cells, *(apart if name != TEN else ('', ''))])} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *differences(title, accuracy, loss, pairs)])
 
 
 def draw(tables: dict[str, dict[str, np.ndarray]]):

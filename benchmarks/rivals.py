@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
-from benchmarks.intervals import interval, packed, resampled
+from benchmarks.intervals import packed
 from benchmarks.seeds import write
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.data import load_data
@@ -75,13 +75,9 @@ def report() -> int:
             both = [(np.load(x), np.load(control.answers_of(dataset, i))) for i, x in enumerate(paths)]
             rows = {name: np.stack([own[name] for own, _ in both]) for name in both[0][0].files}
             beside = {name: np.stack([of[name] for _, of in both]) for name in (control.CHAIN, control.TEN)}
-            parts += [f"**{title}**, replicates: {len(paths)}", control.short_table(rows | beside)]
-            drawn = [resampled(rows | beside, which) for which in (0, 1)]
-            lines = [f"| less {control.CHAIN} | accuracy | nll |", "|---|---|---|"]
-            for name in rows:
-                apart = [x[name] - x[control.CHAIN] for x in drawn]
-                lines.append(f"| {name} | {interval(apart[0], 2)} | {interval(apart[1], 4)} |")
-            parts.append("\n".join(lines))
+            pairs = {name: (name, control.CHAIN) for name in rows}
+            table = control.short_table(rows | beside, f"less {control.CHAIN}", pairs)
+            parts += [f"**{title}**, replicates: {len(paths)}", table]
             parts.append(control.tried(dataset, ("cnns", *(kind.__name__ for kind in RIVALS.values()))))
     noprop.say(text := "\n\n".join(parts))
     write("rivals", text)

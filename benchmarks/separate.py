@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, command_line, short_table
-from benchmarks.intervals import interval, packed, resampled
+from benchmarks.intervals import packed
 from benchmarks.seeds import write
 from noprop_lab import networks
 from noprop_lab.data import load_data
@@ -115,15 +115,11 @@ def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> N
 
 def table(rows: dict[str, np.ndarray]) -> str:
     """The Markdown tables of a data set; rows: (R, n, 2, N) each."""
-    accuracy, loss = (resampled(rows, which) for which in (0, 1))
-    lines = [short_table(rows)]
-    lines += ["", "| of the mean of ten blocks | accuracy | nll |", "|---|---|---|"]
     arms = {name: f"NoProp's blocks, {name}: mean of ten blocks" for name in ARMS} | {"NoProp": CHAIN_AVERAGE}
     mse, noisy, plain = ARMS
-    for more, less in ((plain, noisy), (mse, "NoProp"), (plain, mse), (noisy, "NoProp")):
-        apart = [x[arms[more]] - x[arms[less]] for x in (accuracy, loss)]
-        lines.append(f"| {more} − {less} | {interval(apart[0], 2)} | {interval(apart[1], 4)} |")
-    return "\n".join(lines)
+    compared = (plain, noisy), (mse, "NoProp"), (plain, mse), (noisy, "NoProp")
+    pairs = {f"{more} − {less}": (arms[more], arms[less]) for more, less in compared}
+    return short_table(rows, "of the mean of ten blocks", pairs)
 
 
 def report() -> int:

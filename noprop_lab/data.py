@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,19 +36,26 @@ FILES = tuple(noprop_example.MD5)
 def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data:
     """The three splits of the config's data set. Raises Failure."""
     name = config.source.name
-    try:
+    with reading(root):
         if config.dataset == "folder":
             train, test = read_folder(root, config)
         elif "cifar" in config.dataset:
             train, test = read_cifar(root, name)
         else:
             train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
-    except OSError as error:  # a folder that is not there, or another user's
-        raise Failure(f"cannot read --data-root {root}: {Failure(error)}") from error
     data = split_data(train, test, config, device)
     if config.all_images:
         data = data._replace(train=Split(*(torch.cat(x) for x in zip(data.train, data.val, strict=True))))
     return with_augmentation(data, config)
+
+
+@contextmanager
+def reading(root: Path) -> Iterator[None]:
+    """Turn what a folder raises that is not there, or is another user's, into a Failure."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"cannot read --data-root {root}: {Failure(error)}") from error
 
 
 def with_augmentation(data: Data, config: LabConfig) -> Data:
@@ -126,10 +135,7 @@ def read_cifar(root: Path, name: str) -> tuple[Split, Split]:
 
 # --- Folders of pictures -----------------------------------------------------------------------------------
 
-TRAIN, TEST = (
-    ("train", "training"),
-    ("test", "testing", "val", "valid", "validation"),
-)  # the first with folders
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # by preference
 
 
 def hidden(name: str) -> bool:
@@ -157,10 +163,8 @@ def layout(root: Path) -> tuple[Path, Path | None]:
 
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the classes of a folder of pictures: its subfolders, or those of its subfolder train."""
-    try:
+    with reading(root):
         names = tuple(subfolders(layout(root)[0]))
-    except OSError as error:
-        raise Failure(f"cannot read --data-root {root}: {Failure(error)}") from error
     if len(names) < 2:
         raise Failure(f"--data-root {root} must hold a folder of pictures for each class, two at least")
     return names
@@ -180,7 +184,9 @@ def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -
         before = len(found)
         for place, folders, files in sorted(os.walk(folder / name, onerror=refuse, followlinks=True)):
             paths = [Path(place, x) for x in sorted(files)]
-            good = {x: None for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)}
+            good = dict.fromkeys(
+                x for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)
+            )
             if any(map(hidden, Path(place).relative_to(folder).parts[1:])):
                 continue
             found += [(x, label) for x in good]

@@ -141,11 +141,11 @@ train_step = partial(noprop.train_step, share=partial(collective, dist.all_reduc
 
 
 def agreement(
-    state: SharedState, data: Data, options: Options, signalled: Callable[[], int]
+    state: SharedState, digest: str, options: Options, signalled: Callable[[], int]
 ) -> Callable[[], int]:
     """What all agree on, every CONTROL_STEPS steps: the signal that one of them has got, or to save."""
-    path, digest = options.checkpoint(state.config), data.digest()
-    steps, due = 0, time.monotonic() + 60 * options.checkpoint_minutes
+    path, steps = options.checkpoint(state.config), 0
+    due = time.monotonic() + 60 * options.checkpoint_minutes
 
     def agreed() -> int:
         nonlocal steps, due
@@ -164,8 +164,8 @@ def agreement(
 
 def run(state: SharedState, data: Data, options: Options, content: dict[str, Any] | None, end) -> int:
     """noprop_example.run() in the first process; the others train along, and print nothing."""
-    digests = [""] * rank_and_size()[1]
-    collective(dist.all_gather_object, digests, data.digest())
+    digest, digests = data.digest(), [""] * rank_and_size()[1]
+    collective(dist.all_gather_object, digests, digest)
     if len({*digests}) > 1:  # all of them stop
         raise Failure("the processes have different images: give all of them the same --data-root")
     often = replace(options, checkpoint_minutes=sys.float_info.max)  # the processes save when they agree to
@@ -175,7 +175,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
         nonlocal started
         started = True
         on_first(tuple)  # the others wait for this, or for the failure before it
-        return agreement(state, data, options, signalled)
+        return agreement(state, digest, options, signalled)
 
     if rank_and_size()[0] == 0:
         try:
@@ -191,7 +191,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
         sys.stdout = silence
         try:
             return noprop.train_and_save(
-                state, data, often, train_step, agreement(state, data, options, signalled)
+                state, data, often, train_step, agreement(state, digest, options, signalled)
             )
         finally:
             sys.stdout = sys.__stdout__

@@ -403,4 +403,5 @@ def test_the_script_runs_alone(tmp_path, flags):
     command = [sys.executable, "-P", "noprop_example.py", *flags[:-1]]
     how = dict(cwd=tmp_path, env=os.environ | {"MPLBACKEND": "module://nonsense.backend"}, timeout=300)
     run = subprocess.run(command, capture_output=True, text=True, **how)
-    assert run.returncode == 0 and run.stderr == "" and (tmp_path / "denoising_hybrid.png").exists()
+    assert run.returncode == 0 and run.stderr == "" and "Test accuracy" in run.stdout
+    assert {"noprop_hybrid.json", "denoising_hybrid.png"} <= set(os.listdir(tmp_path))

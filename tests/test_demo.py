@@ -166,7 +166,9 @@ def test_a_port_in_use_is_a_line(capsys):
     pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        refused(capsys, 1, ["demo", f"--port={port}"], f"error: port {port} can't be used: choose another")
+        assert lab.main(["demo", f"--port={port}"]) == 1
+    line = f"error: port {port} can't be used: choose another by --port\n"
+    assert capsys.readouterr() == ("", line)
 
 
 # --- The page ----------------------------------------------------------------------------------------------
