@@ -34,7 +34,7 @@ from benchmarks.intervals import (
 from benchmarks.seeds import DOCS, write
 from benchmarks.seeds import mean as mean_and_error
 from noprop_lab import backprop, networks
-from noprop_lab.__main__ import step_of
+from noprop_lab.__main__ import kind_and_step
 from noprop_lab.data import load_data
 from noprop_lab.settings import LabConfig
 
@@ -67,13 +67,26 @@ def path_of(config: LabConfig) -> Path:
     return Path("runs/control") / config.dataset / f"{name}.pt"
 
 
-def fit(config: LabConfig, data: noprop.Data, digest: str, threads: int) -> None:
-    """Train a network on the training images; keep what the validation images select."""
-    state = networks.LabState(config)
-    for _ in noprop.train(state, data._replace(test=None), step_of(config), threads):
+def fit(
+    config: LabConfig, data: noprop.Data, measured=True, threads=noprop.Options.threads, objective=None
+) -> networks.LabState:
+    """Train a network where the training images are, on a GPU with graphs; no test image is looked at.
+
+    measured: every epoch is, on the validation images, to select one; else the last is taken. objective: in
+    place of the config's own.
+    """
+    device = data.train.labels.device
+    kind, step = kind_and_step(config, device.type == "cuda", device)
+
+    class Measured(kind):
+        def measure(self, data: noprop.Data, parallel) -> dict:
+            return super().measure(data._replace(val=data.val if measured else None, test=None), parallel)
+
+    state = Measured(config, device)
+    state.objective = objective or state.objective
+    for _ in noprop.train(state, data, step, threads):
         pass
-    path_of(config).parent.mkdir(parents=True, exist_ok=True)
-    state.save(path_of(config), digest)
+    return state
 
 
 def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
@@ -83,7 +96,9 @@ def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
     done: list[int] = []
 
     def one(config: LabConfig, threads: int = 1) -> None:
-        fit(config, data, digest, threads)
+        state = fit(config, data, threads=threads)
+        path_of(config).parent.mkdir(parents=True, exist_ok=True)
+        state.save(path_of(config), digest)
         done.append(config.num_blocks)
         left = (time.perf_counter() - started) / sum(done) * (sum(blocks) - sum(done)) / 60
         noprop.say(f"{path_of(config)}: {len(done)} of {len(missing)}; about {left:.0f} min left of these")
@@ -91,21 +106,21 @@ def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
     for config in missing:
         if config.num_blocks > 1:
             one(config, threads)
-    with noprop.workers(noprop.CPU, threads) as parallel:
+    with noprop.workers(data.train.labels.device, threads) as parallel:  # a GPU takes them in turn
         list(parallel(one, [config for config in missing if config.num_blocks == 1]))
 
 
 @torch.inference_mode()
 def log_probabilities(config: LabConfig, split: noprop.Split, chained=True) -> Tensor:
     """log p after every block of a trained network, or of every block from z = 0, (N, T, classes)."""
-    model = networks.load(path_of(config))
+    model = networks.load(path_of(config), split.images.device)
 
     def alone(x: Tensor) -> Tensor:
         steps = (model.step(t, x, model.start(x)) for t in range(1, config.num_blocks + 1))
         return torch.stack([model.classify(*step) for step in steps], 1)
 
     logits = [(model if chained else alone)(noprop.to_float(x)) for x in split.images.split(500)]
-    return torch.cat(logits).double().log_softmax(-1)
+    return torch.cat(logits).double().log_softmax(-1).cpu()
 
 
 def averaged(log_p: Tensor) -> Tensor:
@@ -119,7 +134,7 @@ def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str
     By the loss, as in NoProp's own search. The grid is walked from its middle, as long as the loss falls.
     """
     found: dict[float, dict[str, float]] = {}
-    label, wanted = data.val.labels, [len(RATES) // 2 + x for x in (0, -1, 1)]
+    label, wanted = data.val.labels.cpu(), [len(RATES) // 2 + x for x in (0, -1, 1)]
     while wanted:
         for lr in (RATES[at] for at in wanted):
             configs = kind(dataset, 0, lr)[:2]
@@ -141,7 +156,8 @@ def rates(dataset: str, data: noprop.Data, threads: int, kinds=(cnns,)) -> dict[
         if kind.__name__ not in found:
             found[kind.__name__] = choose_rate(kind, data, dataset, threads)
             path.write_text(json.dumps(found, indent=1) + "\n")
-    return {"chain": LabConfig.lr} | {kind: float(next(iter(by_rate))) for kind, by_rate in found.items()}
+    chosen = {kind.__name__: float(next(iter(found[kind.__name__]))) for kind in kinds}
+    return {"chain": LabConfig.lr} | chosen
 
 
 # --- Answers -----------------------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
     rows, tempered = {}, []
     for name, found in test.items():
         rows[name] = np.stack([packed(x, data.test.labels) for x in found])
-        degrees = [temperature(x, data.val.labels) for x in val[name]]
+        degrees = [temperature(x, data.val.labels.cpu()) for x in val[name]]
         found = [(x / degree).log_softmax(-1) for x, degree in zip(found, degrees, strict=True)]
         found = np.stack([packed(x, data.test.labels) for x in found])
         tempered.append([right_and_loss(found)[1].mean(), np.mean([calibration_error(x) for x in found])])
@@ -256,7 +272,7 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
     return figure
 
 
-def tried(dataset: str, kinds: tuple[str, ...] = ("chain", "cnns")) -> str:
+def tried(dataset: str, kinds: tuple[str, ...] = ("cnns",)) -> str:
     """The learning rates that were tried, in words."""
     found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
     text = "Validation loss (and accuracy) by learning rate, of which the smallest loss is chosen"
@@ -280,28 +296,33 @@ def report() -> int:
     return noprop.picture(draw, DOCS / "img" / "evidence_control.png", tables)
 
 
-def command_line(about: str, replicates: int, *flags: str) -> argparse.Namespace:
-    """What to train, or to report; flags: that there are beside."""
+def command_line(about: str, replicates: int) -> argparse.Namespace:
+    """What to train, or to report."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("dataset", choices=DATASETS, nargs="?")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--data-root", type=Path, default=noprop.Options.data_root)
     parser.add_argument("--replicates", type=int, default=replicates)
     parser.add_argument("--threads", type=int, default=2)
-    for flag in flags:
-        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--device", default="cpu", help="cuda: each training step is a graph")
     given = parser.parse_args()
     if not (given.dataset or given.report):
         parser.error("name a data set, or --report")
     return given
 
 
+def load_images(given: argparse.Namespace) -> noprop.Data:
+    """The images of the data set that the command line names, on its device."""
+    torch.backends.cudnn.benchmark = True
+    device = noprop.pick_device(noprop.Options(device=given.device))
+    return load_data(LabConfig(dataset=given.dataset), given.data_root, device)
+
+
 def main() -> int:
-    given = command_line(__doc__, 5, "--chain-rates")  # which tries the grid on NoProp too
+    given = command_line(__doc__, 5)
     if not given.report:
-        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
-        kinds = (cnns, chain) if given.chain_rates else (cnns,)
-        lr = rates(given.dataset, data, given.threads, kinds)
+        data = load_images(given)
+        lr = rates(given.dataset, data, given.threads)
         for replicate in range(given.replicates):
             of_one = [x for kind in (chain, cnns) for x in kind(given.dataset, replicate, lr[kind.__name__])]
             if not answers_of(given.dataset, replicate).exists():

@@ -25,10 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
-from benchmarks.control import averaged
+from benchmarks.control import averaged, fit
 from benchmarks.machine import matmul_peak
 from benchmarks.seeds import DOCS, mean, write
-from noprop_lab.__main__ import kind_and_step
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
@@ -91,33 +90,19 @@ def keep(path: Path, results) -> None:
 # --- Training ----------------------------------------------------------------------------------------------
 
 
-def fit(config: LabConfig, data: noprop.Data, device: torch.device, measured: bool) -> LabState:
-    """Train a network; measured: every epoch is, to select one, else the last is taken."""
-    kind, step = kind_and_step(config, device.type == "cuda", device)
-
-    class Unmeasured(kind):
-        def measure(self, data: noprop.Data, parallel) -> dict:
-            return super().measure(data._replace(val=None, test=None), parallel)
-
-    state = (kind if measured else Unmeasured)(config, device)
-    for _ in noprop.train(state, data, step):
-        pass
-    return state
-
-
 @torch.inference_mode()
 def log_probabilities(model: noprop.NoProp, images: torch.Tensor) -> torch.Tensor:
     """log p after every block, (N, T, classes), float64."""
     return torch.cat([model(noprop.to_float(x)) for x in images.split(500)]).double().log_softmax(-1).cpu()
 
 
-def answers(setting: Setting, seed: int, data: noprop.Data, device: torch.device) -> dict[str, np.ndarray]:
+def answers(setting: Setting, seed: int, data: noprop.Data) -> dict[str, np.ndarray]:
     """What packed() keeps of held-out images: of the chain, or a CNN; of the mean of blocks, or CNNs."""
     found = []
     for config in setting.configs(seed):
-        state = fit(replace(config, select="last"), data, device, measured=False)
+        state = fit(replace(config, select="last"), data, measured=False)
         found.append(log_probabilities(state.averaged, data.val.images))
-    log_p, label = torch.cat(found, 1), data.val.labels.cpu()
+    log_p, label = torch.cat(found, 1), data.val.labels
     return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(averaged(log_p), label)}
 
 
@@ -143,7 +128,7 @@ def train(device: torch.device) -> None:
     work = [x.count * x.epochs * (4 if x.block == "deep" else 1) for x, _ in jobs]
     for done, (setting, seed) in enumerate(jobs, start=1):
         name, row = setting.key(seed), {}
-        for which, kept in answers(setting, seed, data, device).items():
+        for which, kept in answers(setting, seed, data).items():
             by_image, losses = intervals.right_and_loss(kept)
             row[which] = {"accuracy": by_image.mean(), "loss": losses.mean()}
             right[f"{name}-{which}"] = np.packbits(by_image > 0)
@@ -164,7 +149,7 @@ def final(device: torch.device, seeds: int = 5) -> None:
             if (key := f"{name}-{setting.key(seed)}") in rows:
                 continue
             [config] = setting.configs(seed)
-            state = fit(config, data._replace(test=None), device, measured=True)
+            state = fit(config, data)
             state.averaged.load_state_dict(state.selected)
             found = noprop.evaluate(state.averaged, data.test, config)
             rows[key] = found | {"epoch": state.selected_epoch} | noprop.made_with(device)

@@ -11,7 +11,7 @@ MARGIN = 0.05  # points of accuracy within which two answers are called the same
 
 def packed(log_p: Tensor, label: Tensor) -> np.ndarray:
     """Of each image log p of the answer, and log p of the label, or 0 where that is the answer: (2, N)."""
-    top, answer = log_p.max(-1)
+    label, (top, answer) = label.cpu(), log_p.max(-1)
     true = log_p.gather(1, label[:, None])[:, 0].where(answer != label, 0)
     return torch.stack([top, true]).half().numpy()
 

@@ -1,4 +1,4 @@
-"""Fair rivals of NoProp's chain: by backpropagation, each at a learning rate of its own.
+"""Fair rivals of NoProp's chain: by backpropagation. Each has a learning rate of its own, and so has NoProp.
 
     python benchmarks/rivals.py mnist                           train what is missing, evaluate, report
     python benchmarks/rivals.py fashion_mnist --data-root DIR   DIR has the four files, or FashionMNIST/raw
@@ -6,9 +6,10 @@
 
 The same chain, with a loss at its end or after every block (deep supervision), and a plain CNN of all blocks'
 size: at the images, epochs, augmentation, averaging and selection of benchmarks/control.py, whose rows for
-NoProp and for ten CNNs stand beside these, so it has to have run. NoProp keeps the learning rate that a
-search on MNIST left; the rivals' are chosen by validation loss, from the CNNs' grid. Networks are kept in
-runs/control/ below the current folder, answers in benchmarks/results/rivals-DATASET-REPLICATE.npz.
+NoProp and for ten CNNs stand beside these, so it has to have run. There NoProp has the learning rate that a
+search on MNIST left; here all rates are chosen by validation loss, from the CNNs' grid. Networks are kept in
+runs/control/ below the current folder, answers in benchmarks/results/rivals-DATASET-REPLICATE.npz. With
+--device cuda each training step is a CUDA graph.
 """
 
 import sys
@@ -22,7 +23,6 @@ from benchmarks import control
 from benchmarks.intervals import packed
 from benchmarks.seeds import write
 from noprop_lab.backprop import BackpropConfig
-from noprop_lab.data import load_data
 from noprop_lab.settings import LabConfig
 
 
@@ -41,7 +41,9 @@ def wide(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
     return last(dataset, replicate, lr, num_blocks=1, block="reference")
 
 
+OWN = "NoProp: chain of ten, a rate of its own"
 RIVALS = {
+    OWN: control.chain,
     "the chain by backpropagation": last,
     "the same, a loss after every block": every,
     "plain CNN of all blocks' size": wide,
@@ -75,8 +77,8 @@ def report() -> int:
             both = [(np.load(x), np.load(control.answers_of(dataset, i))) for i, x in enumerate(paths)]
             rows = {name: np.stack([own[name] for own, _ in both]) for name in both[0][0].files}
             beside = {name: np.stack([of[name] for _, of in both]) for name in (control.CHAIN, control.TEN)}
-            pairs = {name: (name, control.CHAIN) for name in rows}
-            table = control.short_table(rows | beside, f"less {control.CHAIN}", pairs)
+            pairs = {name: (name, OWN) for name in (*rows, control.CHAIN) if name != OWN}
+            table = control.short_table(rows | beside, f"less {OWN}", pairs)
             parts += [f"**{title}**, replicates: {len(paths)}", table]
             parts.append(control.tried(dataset, ("cnns", *(kind.__name__ for kind in RIVALS.values()))))
     noprop.say(text := "\n\n".join(parts))
@@ -87,7 +89,7 @@ def report() -> int:
 def main() -> int:
     given = control.command_line(__doc__, 3)
     if not given.report:
-        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
+        data = control.load_images(given)
         lr = control.rates(given.dataset, data, given.threads, tuple(RIVALS.values()))
         for replicate in range(given.replicates):
             if not path_of(given.dataset, replicate).exists():

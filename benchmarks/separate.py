@@ -7,7 +7,7 @@
 benchmarks/control.py changes both at once. Here ten blocks are trained side by side on the same batches, at
 NoProp's settings and learning rate, with the other noise, the other loss, or both; after it has run, as its
 rows for NoProp and the CNNs stand beside these. Networks are kept in runs/separate/ below the current folder,
-answers in benchmarks/results/separate-DATASET-REPLICATE.npz.
+answers in benchmarks/results/separate-DATASET-REPLICATE.npz. --device cuda takes a GPU, with CUDA graphs.
 """
 
 import sys
@@ -21,11 +21,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.control import BLOCK, CHAIN, DATASETS, ONE, RESULTS, TEN, averaged, command_line, short_table
+from benchmarks.control import (
+    BLOCK,
+    CHAIN,
+    DATASETS,
+    ONE,
+    RESULTS,
+    TEN,
+    averaged,
+    command_line,
+    fit,
+    load_images,
+    short_table,
+)
 from benchmarks.intervals import packed
 from benchmarks.seeds import write
 from noprop_lab import networks
-from noprop_lab.data import load_data
 from noprop_lab.dt import LabHybrid
 from noprop_lab.settings import LabConfig
 
@@ -70,13 +81,12 @@ def trained(dataset: str, replicate: int, loss: str, noise: bool, data: noprop.D
     config = config_of(dataset, replicate, loss)
     path = Path("runs/separate") / dataset / f"{loss}-{'noise' if noise else 'none'}-seed{config.seed}.pt"
     if not path.exists():
-        state = networks.LabState(config)
-        state.objective = Arm(config.eta_loss_weight, config.lambda_global, config, loss, noise)
-        for record in noprop.train(state, data._replace(test=None), threads=threads):
-            noprop.say(f"{path}: epoch {record['epoch']} of {config.epochs}, {record['seconds']:.0f} s")
+        arm = Arm(config.eta_loss_weight, config.lambda_global, config, loss, noise)
+        state = fit(config, data, threads=threads, objective=arm)
+        noprop.say(f"{path}: {state.seconds:.0f} s")
         path.parent.mkdir(parents=True, exist_ok=True)
         state.save(path, data.digest())
-    return networks.load(path)
+    return networks.load(path, data.train.labels.device)
 
 
 @torch.inference_mode()
@@ -94,7 +104,7 @@ def log_probabilities(model, split: noprop.Split, chained: bool) -> Tensor:
             by_p = model.config.target == "classes"
             rows.append((u_hat @ W.T).clamp_min(1e-9).log() if by_p else model.classify(u_hat, z))
         found.append(torch.stack(rows, 1))
-    return torch.cat(found).double().log_softmax(-1)
+    return torch.cat(found).double().log_softmax(-1).cpu()
 
 
 def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> None:
@@ -141,7 +151,7 @@ def report() -> int:
 def main() -> int:
     given = command_line(__doc__, 1)
     if not given.report:
-        data = load_data(LabConfig(dataset=given.dataset), given.data_root)
+        data = load_images(given)
         for replicate in range(given.replicates):
             evaluate(given.dataset, replicate, data, given.threads)
     return report()
