@@ -184,8 +184,12 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
     short, T = config.precision == "bfloat16", len(model.blocks)
     views = image if image.ndim == 5 else image.expand(T, *image.shape)
     z, sums = {0: model.start(views[0])}, {0: image.new_full((), -torch.inf)}
-    there = [Event() for _ in range(T + 1)]
-    there[0].set()
+    kind = torch.cuda.Event if image.is_cuda else Event  # blocks have a stream each, in a graph, or a thread
+    there = [kind() for _ in range(T + 1)]
+
+    def done(t: int) -> None:
+        """Let block t + 1 go on."""
+        there[t].record() if image.is_cuda else there[t].set()
 
     def train_block(t: int) -> tuple[str, tuple[Tensor, Tensor]]:
         seed_dropout(model.blocks[t - 1], partial(state.draw, t))
@@ -206,10 +210,10 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
                 answer = sums[t - 1].logaddexp(answer)
                 sums[t] = answer.detach()
         finally:
-            there[t].set()  # the next one would wait for a block that has failed, too
+            done(t)  # the next one would wait for a block that has failed, too
         loss = F.nll_loss(answer, label) + (math.log(t) if config.learns == "mean" else 0.0)
         loss.backward()
         return f"blocks.{t - 1}", (loss.detach(), state.update(f"blocks.{t - 1}", lr))
 
-    # on a GPU one after another, also where a graph has streams: there Event orders nothing
-    return dict((map if image.is_cuda else parallel)(train_block, state.blocks))
+    done(0)
+    return dict(parallel(train_block, state.blocks))
