@@ -573,11 +573,14 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
 def flatten(part: nn.Module) -> nn.Parameter:
     """A part's parameters as one vector: they become views of it, and their gradients of its gradient.
 
-    So a block's clip, its optimizer's step and its average are one operation each, not one a tensor.
+    So a block's clip, its optimizer's step and its average are one operation each, not one a tensor. Each
+    starts at a multiple of 16 bytes, as convolutions on a GPU take it.
     """
     parameters = list(part.parameters())
-    flat = nn.Parameter(torch.cat([x.detach().as_strided((x.numel(),), (1,)) for x in parameters]))
-    flat.grad, sizes = torch.zeros_like(flat), [x.numel() for x in parameters]
+    gaps = [-x.numel() % 4 for x in parameters[:-1]] + [0]
+    vectors = [x.detach().as_strided((x.numel(),), (1,)) for x in parameters]
+    flat = nn.Parameter(torch.cat([F.pad(x, (0, gap)) for x, gap in zip(vectors, gaps, strict=True)]))
+    flat.grad, sizes = torch.zeros_like(flat), [x.numel() + gap for x, gap in zip(vectors, gaps, strict=True)]
     for x, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
         x.data, x.grad = (v.as_strided(x.shape, x.stride()) for v in (data, grad))
     return flat

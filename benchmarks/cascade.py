@@ -12,7 +12,7 @@ The 60,000 training images are cut into four folds; a network is trained on thre
 test image is read. All arms have blocks of one size, as many epochs, the same images, augmentation and
 averaging; the small ones have the learning rate that control.py found for the CNNs. A chain that is cut after
 t blocks is a chain of t blocks, as no block learns from later ones: so every length is measured at once. With
---device cuda each step is a CUDA graph. Several may run at once, on other arms.
+--device cuda each step is a CUDA graph; --share I N takes the I-th of N parts, for processes side by side.
 """
 
 import argparse
@@ -119,9 +119,8 @@ def train(given: argparse.Namespace) -> None:
     lr = rates(given.dataset, data, 2)["cnns"] if given.block == "small" else LabConfig.lr
     trials = product(range(given.seeds), range(given.folds), given.arm)
     trials = [Trial(given.dataset, given.block, arm, fold, seed) for seed, fold, arm in trials]
+    trials = [x for x in trials if x.key not in read(x.rows)][given.share[0] :: given.share[1]]
     for done, trial in enumerate(trials, start=1):
-        if trial.key in read(trial.rows):
-            continue
         part, started = held_out(data, slice(trial.fold, None, FOLDS)), time.perf_counter()
         log_p, weights = answers(trial.configs(lr), part)
         row = {"seconds": time.perf_counter() - started, "weights": weights, "lr": lr}
@@ -219,6 +218,7 @@ def main() -> int:
     parser.add_argument("--folds", type=int, default=1, choices=range(1, FOLDS + 1))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cuda: each training step is a graph")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--times", action="store_true", help="time the steps, and train nothing")
     parser.add_argument("--report", action="store_true", help="train nothing")
     given = parser.parse_args()
