@@ -31,7 +31,7 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals
-from benchmarks.control import DATASETS, averaged, fit, load_images, rates
+from benchmarks.control import DATASETS, averaged, best_rate, cnns, fit, grid, load_images
 from benchmarks.evidence import mib_and_seconds
 from benchmarks.frontier import held_out, keep, log_probabilities, read
 from benchmarks.machine import matmul_peak
@@ -116,7 +116,7 @@ def answers(configs: list[LabConfig], data: noprop.Data) -> tuple[torch.Tensor, 
 def train(given: argparse.Namespace) -> None:
     """Train what is missing; keep accuracy and loss by length, and each image's answer."""
     data, lengths = load_images(given), BLOCKS[given.block][1]
-    lr = rates(given.dataset, data, 2)["cnns"] if given.block == "small" else LabConfig.lr
+    lr = best_rate(grid(cnns, given.dataset, data, 2)) if given.block == "small" else LabConfig.lr
     trials = product(range(given.seeds), range(given.folds), given.arm)
     trials = [Trial(given.dataset, given.block, arm, fold, seed) for seed, fold, arm in trials]
     trials = [x for x in trials if x.key not in read(x.rows)][given.share[0] :: given.share[1]]

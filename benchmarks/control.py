@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -128,36 +129,41 @@ def averaged(log_p: Tensor) -> Tensor:
     return log_p.logsumexp(1) - np.log(log_p.shape[1])
 
 
-def choose_rate(kind, data: noprop.Data, dataset: str, threads: int) -> dict[str, dict[str, float]]:
-    """Validation loss and accuracy by learning rate, the best first; of a chain, or of two CNNs averaged.
+def grid(kind, dataset: str, data: noprop.Data, threads: int) -> dict[str, dict[str, float]]:
+    """Validation loss and accuracy by learning rate, of a chain or of two CNNs averaged; once for all.
 
-    By the loss, as in NoProp's own search. The grid is walked from its middle, as long as the loss falls.
+    The grid is walked from its middle, as long as the loss falls; for NoProp's chain, whose answers get worse
+    where its loss gets better, also as long as the accuracy rises.
     """
-    found: dict[float, dict[str, float]] = {}
-    label, wanted = data.val.labels.cpu(), [len(RATES) // 2 + x for x in (0, -1, 1)]
-    while wanted:
-        for lr in (RATES[at] for at in wanted):
+    path = RESULTS / f"control-{dataset}-rates.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    by_rate = found.setdefault(kind.__name__, {})
+    label = data.val.labels.cpu()
+
+    def edges() -> list[float]:
+        """Rates that are not tried, beside the best; at first the middle ones."""
+        middle = len(RATES) // 2
+        criteria = ("loss", "accuracy") if kind is chain else ("loss",)
+        best = [RATES.index(best_rate(by_rate, x)) for x in criteria] if by_rate else [middle]
+        near = [x for at in best for x in (at, at - 1, at + 1) if 0 <= x < len(RATES)]
+        return [RATES[x] for x in dict.fromkeys(near) if str(RATES[x]) not in by_rate]
+
+    while rates := edges():
+        for lr in rates:
             configs = kind(dataset, 0, lr)[:2]
             train(configs, data, threads)
             log_p = averaged(torch.stack([log_probabilities(x, data.val)[:, -1] for x in configs], 1))
             accuracy = 100 * (log_p.argmax(-1) == label).double().mean().item()
-            found[lr] = {"loss": -log_p.gather(1, label[:, None]).mean().item(), "accuracy": accuracy}
-            noprop.say(f"{dataset} {kind.__name__}, learning rate {lr}: validation {found[lr]}")
-        best = RATES.index(min(found, key=lambda lr: found[lr]["loss"]))
-        wanted = [x for x in (best - 1, best + 1) if 0 <= x < len(RATES) and RATES[x] not in found]
-    return {str(lr): value for lr, value in sorted(found.items(), key=lambda item: item[1]["loss"])}
-
-
-def rates(dataset: str, data: noprop.Data, threads: int, kinds=(cnns,)) -> dict[str, float]:
-    """The learning rates of chain and CNNs, kinds after a grid; untried, the chain's is the script's."""
-    path = RESULTS / f"control-{dataset}-rates.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for kind in kinds:
-        if kind.__name__ not in found:
-            found[kind.__name__] = choose_rate(kind, data, dataset, threads)
+            by_rate[str(lr)] = {"loss": F.nll_loss(log_p, label).item(), "accuracy": accuracy}
+            noprop.say(f"{dataset} {kind.__name__}, learning rate {lr}: validation {by_rate[str(lr)]}")
             path.write_text(json.dumps(found, indent=1) + "\n")
-    chosen = {kind.__name__: float(next(iter(found[kind.__name__]))) for kind in kinds}
-    return {"chain": LabConfig.lr} | chosen
+    return by_rate
+
+
+def best_rate(by_rate: dict[str, dict[str, float]], criterion: str = "loss") -> float:
+    """The learning rate of the least validation loss, or of the highest accuracy."""
+    sign = -1 if criterion == "accuracy" else 1
+    return float(min(by_rate, key=lambda lr: sign * by_rate[lr][criterion]))
 
 
 # --- Answers -----------------------------------------------------------------------------------------------
@@ -275,7 +281,9 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
 def tried(dataset: str, kinds: tuple[str, ...] = ("cnns",)) -> str:
     """The learning rates that were tried, in words."""
     found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
-    text = "Validation loss (and accuracy) by learning rate, of which the smallest loss is chosen"
+    text = (
+        "Validation loss (and accuracy) by learning rate; the least loss decides, unless a row says otherwise"
+    )
     for kind, of_kind in [(kind, found[kind]) for kind in kinds if kind in found]:
         losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
         text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
@@ -322,7 +330,8 @@ def main() -> int:
     given = command_line(__doc__, 5)
     if not given.report:
         data = load_images(given)
-        lr = rates(given.dataset, data, given.threads)
+        cnn_rate = best_rate(grid(cnns, given.dataset, data, given.threads))
+        lr = {"chain": LabConfig.lr, "cnns": cnn_rate}
         for replicate in range(given.replicates):
             of_one = [x for kind in (chain, cnns) for x in kind(given.dataset, replicate, lr[kind.__name__])]
             if not answers_of(given.dataset, replicate).exists():
