@@ -68,6 +68,15 @@ def test_no_tensor_is_left_behind_and_no_step_waits(name):
     assert model.probabilities(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape[::2] == (5, 10)
 
 
+@pytest.mark.parametrize("name", STATES)
+def test_parameters_start_where_a_gpu_can_read_them(name):
+    """At multiples of 16 bytes of a part's vector, and so do their gradients and averages."""
+    state = STATES[name]()
+    tensors = [*state.model.parameters(), *state.averaged.parameters()]
+    tensors += [x.grad for x in state.model.parameters()]
+    assert {x.storage_offset() * x.element_size() % 16 for x in tensors} == {0}
+
+
 def test_what_a_graph_reads_is_what_each_step_draws(monkeypatch):
     """Its buffers, filled for a step; on a CPU too, where nothing can be captured (tests/test_cuda.py)."""
     state, other = (kind(LabConfig(**SIZES), noprop.CPU) for kind in (GraphState, LabState))
