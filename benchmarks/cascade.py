@@ -30,11 +30,9 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks import intervals
+from benchmarks import intervals, speed
 from benchmarks.control import DATASETS, averaged, best_rate, cnns, fit, grid, load_images
-from benchmarks.evidence import mib_and_seconds
 from benchmarks.frontier import held_out, keep, log_probabilities, read
-from benchmarks.machine import matmul_peak
 from benchmarks.seeds import mean, write
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
@@ -140,15 +138,12 @@ def train(given: argparse.Namespace) -> None:
 
 
 def times() -> None:
-    """Seconds of training of each arm, two cores of this CPU: the time of a step times the steps."""
-    found = {}
-    for block, arm in product(BLOCKS, (*ARMS, CNNS)):
-        configs = Trial("fashion_mnist", block, arm, 0, 0).configs(LabConfig.lr)
-        if len(configs) > 1:  # one on each core
-            found[f"{block}, {arm}"] = len(configs) / 2 * mib_and_seconds(configs[0], 1)[1]
-        else:
-            found[f"{block}, {arm}"] = mib_and_seconds(configs[0], 2)[1]
-    keep(TIMES, found | {"matmul peak, GFLOP/s": matmul_peak()})
+    """Seconds of training of each arm, on two cores of this CPU: the time of a step times the steps."""
+    arms = product(BLOCKS, (*ARMS, CNNS))
+    configs = {f"{x}, {arm}": Trial("mnist", x, arm, 0, 0).configs(LabConfig.lr) for x, arm in arms}
+    found = speed.seconds_of_steps(configs, rounds=3)
+    steps = {name: of[0].epochs * (45_000 // of[0].batch_size) for name, of in configs.items()}
+    keep(TIMES, {name: x * steps.get(name, 1) for name, x in found.items()})
 
 
 # --- Report ------------------------------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def table(dataset: str, block: str) -> str:
     """The Markdown tables of a data set and a block: by length, and beside the CNNs; or nothing."""
     lengths, seconds = BLOCKS[block][1], read(TIMES)
     columns = ["", *(f"{t} blocks" if t > 1 else "1 block" for t in lengths)]
-    columns += ["the last alone", "nll of all", "weights", "seconds", "folds × seeds"]
+    columns += ["the last alone", "nll of all", "weights", "seconds", "trials, of folds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     heads = [f"{text}: {of}" for text in READINGS.values() for of in ("accuracy", "nll")]
     more = ["", f"| less the {CNNS} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -191,7 +186,7 @@ def table(dataset: str, block: str) -> str:
         cells += [mean([x["last"]["accuracy"] for x in found])]
         cells += [mean([x[f"mean-{lengths[-1]}"]["loss"] for x in found], 4), f"{found[0]['weights']:,}"]
         folds = {x.fold for x in trials}
-        cells += [f"{seconds[f'{block}, {arm}']:.0f}", f"{len(folds)} × {len(trials) / len(folds):g}"]
+        cells += [f"{seconds[f'{block}, {arm}']:.0f}", f"{len(trials)}, of {len(folds)}"]
         lines.append(f"| {arm} | {' | '.join(x.removesuffix(' ± nan') for x in cells)} |")
         if arm != CNNS:
             texts = [text for reading in READINGS for text in apart(trials, reading)]
@@ -203,7 +198,7 @@ def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     tables = {f"{name}, {block} blocks": table(x, block) for x, name in DATASETS.items() for block in BLOCKS}
     parts = [part for title, text in tables.items() if text for part in (f"**{title}**", text)]
-    parts += [f"Seconds at a matmul peak of {read(TIMES)['matmul peak, GFLOP/s']:.0f} GFLOP/s."]
+    parts += [f"Seconds at a matmul peak of {read(TIMES)[speed.PEAK]:.0f} GFLOP/s."]
     noprop.say(text := "\n\n".join(parts))
     write("cascade", text)
     return 0

@@ -1,6 +1,7 @@
 """Does NoProp work, and which part of it?
 
-    python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (2 hours)
+    python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (2 hours);
+                                                         --times: only their seconds, in one sitting
     python benchmarks/evidence.py ladder --seeds 5       what the chain of blocks does (5 runs of the default)
     python benchmarks/evidence.py objectives --seeds 2   NoProp-DT's embeddings and learning rates, two epochs
     python benchmarks/evidence.py embeddings --seeds 2   of the same runs: at which blocks z tells the label
@@ -46,8 +47,8 @@ from benchmarks.seeds import (
     run,
     write,
 )
-from benchmarks.speed import peak_bytes, random_batch
-from noprop_lab.__main__ import step_of
+from benchmarks.speed import PEAK, peak_bytes, random_batch, seconds_of_steps
+from noprop_lab import __main__ as lab
 from noprop_lab.data import load_data
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
@@ -174,7 +175,6 @@ def headline(seeds: range) -> Rows:
         "mean of all blocks": "test_accuracy_average",
         "best test epoch": "best_test_accuracy",
         "epochs": "epochs",
-        "seconds": "seconds",
     }
     test = noprop.load_data(noprop.Config()).test
     rows: Rows = {}
@@ -191,6 +191,16 @@ def headline(seeds: range) -> Rows:
                     "cut after block 1": [x["accuracy"][0] for x in found],
                     "mean of all blocks": [x["average_accuracy"] for x in found],
                 }
+    return timed(rows)
+
+
+def timed(rows: Rows) -> Rows:
+    """The headline, with seconds of training: the time of a step times the steps, interleaved."""
+    configs = {name: lab.read_command_line("train", flags)[0] for name, flags in HEADLINE.items()}
+    found = seconds_of_steps({name: [config] for name, config in configs.items()}, rounds=7)
+    for name, config in configs.items():
+        rows[name]["seconds"] = [found[name] * config.epochs * (55_000 // config.batch_size)]
+    rows[next(iter(rows))][PEAK] = [found[PEAK]]
     return rows
 
 
@@ -367,7 +377,7 @@ def mib_and_seconds(config: LabConfig, cores: int) -> tuple[float, float]:
     """What a training keeps for the backward pass, and takes: the time of a step times the steps."""
     state, batch = LabState(config), random_batch(config.batch_size)
     with noprop.workers(noprop.CPU, cores) as parallel:
-        step = partial(step_of(config), state, *batch, 1e-3, parallel)
+        step = partial(lab.step_of(config), state, *batch, 1e-3, parallel)
         seconds = config.epochs * (55_000 // config.batch_size) * min(timeit.repeat(step, number=1, repeat=5))
         return peak_bytes(state.model, step) / 2**20, seconds
 
@@ -448,7 +458,7 @@ BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 def cell(column: str, values: list[float]) -> str:
     if column == P:
         return f"{values[0]:.3f}" if values[0] >= 0.001 else "< 0.001"
-    digits = {"seconds": 0, "epochs": 0, "MiB": 1, "nll": 3}
+    digits = {"seconds": 0, "epochs": 0, "GFLOP": 0, "MiB": 1, "nll": 3}
     places = next((n for word, n in digits.items() if word in column), 2)
     return mean(values[:1] if column == "epochs" else values, places).removesuffix(" ± nan")
 
@@ -554,22 +564,29 @@ def main() -> int:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--times", action="store_true", help="of headline: measure only its seconds anew")
     parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="for paper and fashion: its files")
     arguments = parser.parse_args()
     if arguments.fashion_mnist and arguments.table not in ("paper", "fashion"):
         parser.error("--fashion-mnist is of the tables paper and fashion: leave it out")
     if arguments.table == "fashion" and not arguments.fashion_mnist:
         parser.error("fashion takes --fashion-mnist DIR, the folder with its files")
+    if arguments.times and arguments.table != "headline":
+        parser.error("--times is of the table headline: leave it out")
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed
-    more = [arguments.fashion_mnist] if arguments.fashion_mnist else []
-    rows = TABLES[name](range(first, first + arguments.seeds), *more)
-    print(markdown(rows))
-    command = ["DIR" if x == str(arguments.fashion_mnist) else x for x in sys.argv[1:]]
-    kept = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"evidence-{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    path = RESULTS / f"evidence-{name}.json"
+    if arguments.times:
+        kept = json.loads(path.read_text())
+        timed(kept["rows"])
+    else:
+        more = [arguments.fashion_mnist] if arguments.fashion_mnist else []
+        rows = TABLES[name](range(first, first + arguments.seeds), *more)
+        command = ["DIR" if x == str(arguments.fashion_mnist) else x for x in sys.argv[1:]]
+        kept = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
+    print(markdown(rows := kept["rows"]))
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     write_report(name, kept)
     return noprop.picture(draw, DOCS / "img" / f"evidence_{name}.png", rows, TABLES[name].__doc__)
 

@@ -26,10 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
 from benchmarks.control import averaged, fit
-from benchmarks.machine import matmul_peak
 from benchmarks.seeds import DOCS, mean, write
 from noprop_lab.backprop import BackpropConfig
-from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -160,14 +158,7 @@ def final(device: torch.device, seeds: int = 5) -> None:
 def times(rounds: int = 3) -> None:
     """Seconds of a step of each, on this CPU: blocks side by side, or networks."""
     kinds = sorted({x._replace(epochs=1) for x in SEEDS})
-    contestants = {}
-    for setting in kinds:
-        states = [LabState(config) for config in setting.configs(0)]
-        batch = speed.random_batch(states[0].config.batch_size)
-        contestants[setting.untimed()] = speed.side_by_side(states, batch)
-    measured = speed.interleaved(contestants, rounds)
-    found = {name: statistics.median(x) / speed.STEPS for name, x in measured.items()}
-    found["matmul peak, GFLOP/s"] = matmul_peak()
+    found = speed.seconds_of_steps({x.untimed(): x.configs(0) for x in kinds}, rounds)
     keep(TIMES, found)
     for name, value in found.items():
         noprop.say(f"{name}: {value:.3f}")
@@ -238,7 +229,7 @@ def report() -> int:
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["average_accuracy"] for x in found])]
         title = f"{rule}: {name_of(setting)}, {setting.epochs} epochs"
         lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]
-    peak = f"Matmul peak right after the steps were timed: {by_step['matmul peak, GFLOP/s']:.0f} GFLOP/s."
+    peak = f"Matmul peak right after the steps were timed: {by_step[speed.PEAK]:.0f} GFLOP/s."
     noprop.say(text := "\n".join([*lines, "", peak]))
     write("frontier", f"![Accuracy and likelihood against time](img/frontier.png)\n\n{text}", "speed.md")
     return noprop.picture(draw, DOCS / "img" / "frontier.png", table, by_step)

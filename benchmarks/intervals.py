@@ -1,5 +1,7 @@
 """Accuracy, likelihood and calibration from what is kept of each image, and paired bootstrap intervals."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,14 @@ def temperature(log_p: Tensor, label: Tensor) -> float:
     return tried[int(np.argmin(losses))]
 
 
+@lru_cache(maxsize=1)
+def drawn_anew(R: int, N: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """The share of each image, (N, draws), and replicates of NoProp and of the CNNs, (2, R - 1, draws)."""
+    rng = np.random.default_rng(0)
+    images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
+    return images, rng.integers(R, size=(2, max(R - 1, 1), draws))
+
+
 def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, np.ndarray]:
     """Means of each row: its own, then bootstrap draws of it, over images and over replicates, (1 + draws,).
 
@@ -43,10 +53,8 @@ def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dic
     NoProp and for all CNNs. R - 1 of R replicates are drawn, which makes the variance of their mean unbiased;
     of one replicate, the draws are over images only.
     """
-    rng, found = np.random.default_rng(0), {}
     R, _, _, N = next(iter(rows.values())).shape
-    images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
-    chosen = rng.integers(R, size=(2, max(R - 1, 1), draws))
+    (images, chosen), found = drawn_anew(R, N, draws), {}
     for name, kept in rows.items():
         values = right_and_loss(kept)[which].mean(1)
         drawn = np.take_along_axis(values @ images, chosen[int(name.startswith("NoProp"))], 0)

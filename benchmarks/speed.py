@@ -33,7 +33,7 @@ import noprop_example as noprop
 from benchmarks.machine import matmul_peak
 from noprop_example import Config, State
 from noprop_lab import backprop
-from noprop_lab.__main__ import kind_and_step
+from noprop_lab.__main__ import kind_and_step, step_of
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import LabState
@@ -105,12 +105,12 @@ def bfloat16_slowdown() -> float:
 
 
 def train_step(state: State, image: Tensor, label: Tensor, parallel=map) -> None:
-    """A step of the script's own training, or of the twin's."""
-    twin = isinstance(state.config, backprop.BackpropConfig)
-    (backprop.train_step if twin else noprop.train_step)(state, image, label, 1e-3, parallel)
+    """A step of training, as the config has it."""
+    step_of(state.config)(state, image, label, 1e-3, parallel)
     state.step += 1
 
 
+PEAK = "matmul peak, GFLOP/s"
 STEPS = 8  # in one call, so that starting threads does not count
 
 
@@ -144,6 +144,16 @@ def side_by_side(states: list[State], batch: tuple[Tensor, Tensor]) -> Callable[
     if len(states) == 1:
         return noprop_steps(states[0], batch)
     return pooled(lambda pool: list(pool(lambda state: train_step(state, *batch), states)))
+
+
+def seconds_of_steps(configs: dict[str, list[LabConfig]], rounds: int) -> dict[str, float]:
+    """Seconds of a step, interleaved, of a config's blocks or several networks side by side; and the peak."""
+    contestants = {}
+    for name, of_one in configs.items():
+        contestants[name] = side_by_side([LabState(x) for x in of_one], random_batch(of_one[0].batch_size))
+    measured = interleaved(contestants, rounds)
+    found = {name: statistics.median(x) / STEPS for name, x in measured.items()}
+    return found | {PEAK: matmul_peak()}
 
 
 def twin_of(name: str, **changes) -> LabState:
