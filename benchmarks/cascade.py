@@ -2,7 +2,7 @@
 
     python benchmarks/cascade.py fashion_mnist --data-root DIR --seeds 2   what was tried; DIR: the four files
     python benchmarks/cascade.py fashion_mnist --data-root DIR --folds 4 --seeds 3 --arm features "plain CNNs"
-                                                                the decision, of one arm
+                                                                the decision, on folds that chose nothing
     python benchmarks/cascade.py fashion_mnist --block deep     three deep blocks, 24 epochs: its own settings
     python benchmarks/cascade.py mnist                          on MNIST
     python benchmarks/cascade.py --times                        seconds of each, on this CPU, by itself
@@ -31,9 +31,9 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
-from benchmarks.control import DATASETS, averaged, best_rate, cnns, fit, grid, load_images
+from benchmarks.control import DATASETS, averaged, best_rate, cnns, fit, grid, load_images, publish
 from benchmarks.frontier import held_out, keep, log_probabilities, read
-from benchmarks.seeds import mean, write
+from benchmarks.seeds import mean
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
 from noprop_lab.data import with_augmentation
@@ -117,7 +117,7 @@ def train(given: argparse.Namespace) -> None:
     lr = best_rate(grid(cnns, given.dataset, data, 2)) if given.block == "small" else LabConfig.lr
     trials = product(range(given.seeds), range(given.folds), given.arm)
     trials = [Trial(given.dataset, given.block, arm, fold, seed) for seed, fold, arm in trials]
-    trials = [x for x in trials if x.key not in read(x.rows)][given.share[0] :: given.share[1]]
+    trials = [x for x in trials[given.share[0] :: given.share[1]] if x.key not in read(x.rows)]
     for done, trial in enumerate(trials, start=1):
         part, started = held_out(data, slice(trial.fold, None, FOLDS)), time.perf_counter()
         log_p, weights = answers(trial.configs(lr), part)
@@ -148,6 +148,12 @@ def times() -> None:
 
 # --- Report ------------------------------------------------------------------------------------------------
 
+TABLES = {  # title: of what; the fold that says which arm is the best does not decide
+    "Fashion-MNIST, small blocks: what was tried": ("fashion_mnist", "small", range(1), range(2)),
+    "Fashion-MNIST, small blocks: the decision": ("fashion_mnist", "small", range(1, FOLDS), range(3)),
+    "Fashion-MNIST, deep blocks: what was tried": ("fashion_mnist", "deep", range(1), range(2)),
+    "MNIST, small blocks": ("mnist", "small", range(FOLDS), range(1)),
+}
 READINGS = {"mean": "mean of all", "late": "mean of the later half", "last": "the last alone"}
 
 
@@ -162,32 +168,30 @@ def apart(trials: list[Trial], reading: str) -> list[str]:
         chains = [x for x in trials if x.fold == fold]
         cnns = [x._replace(arm=CNNS) for x in chains]
         rows = {"NoProp": kept(chains, reading), CNNS: kept(cnns, "mean")}  # so resampled() calls a chain
-        found = [intervals.resampled(rows, which) for which in (0, 1)]
+        found = [intervals.resampled(rows, which, stream=fold) for which in (0, 1)]
         drawn.append([x["NoProp"] - x[CNNS] for x in found])
     return [intervals.interval(x, digits) for x, digits in zip(np.mean(drawn, 0), (2, 4), strict=True)]
 
 
-def table(dataset: str, block: str) -> str:
-    """The Markdown tables of a data set and a block: by length, and beside the CNNs; or nothing."""
+def table(dataset: str, block: str, folds: range, seeds: range) -> str:
+    """The Markdown tables of these trials: by length, and beside the CNNs; or nothing."""
     lengths, seconds = BLOCKS[block][1], read(TIMES)
     columns = ["", *(f"{t} blocks" if t > 1 else "1 block" for t in lengths)]
-    columns += ["the last alone", "nll of all", "weights", "seconds", "trials, of folds"]
+    columns += ["the last alone", "nll of all", "weights", "seconds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     heads = [f"{text}: {of}" for text in READINGS.values() for of in ("accuracy", "nll")]
     more = ["", f"| less the {CNNS} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for arm in (*ARMS, CNNS):
-        every = [Trial(dataset, block, arm, *x) for x in product(range(FOLDS), range(10))]
-        rows = read(every[0].rows)
-        trials = [x for x in every if {x.key, x._replace(arm=CNNS).key} <= rows.keys()]
-        if not trials:
-            continue
+        trials = [Trial(dataset, block, arm, *x) for x in product(folds, seeds)]
+        rows, name = read(trials[0].rows), f"{block}, {arm}"
+        if not {x._replace(arm=of).key for x in trials for of in (arm, CNNS)} <= rows.keys():
+            continue  # not measured, or in part
         found = [rows[x.key] for x in trials]
         cells = [mean([x[f"mean-{t}"]["accuracy"] for x in found]) for t in lengths]
         cells += [mean([x["last"]["accuracy"] for x in found])]
         cells += [mean([x[f"mean-{lengths[-1]}"]["loss"] for x in found], 4), f"{found[0]['weights']:,}"]
-        folds = {x.fold for x in trials}
-        cells += [f"{seconds[f'{block}, {arm}']:.0f}", f"{len(trials)}, of {len(folds)}"]
-        lines.append(f"| {arm} | {' | '.join(x.removesuffix(' ± nan') for x in cells)} |")
+        cells += [f"{seconds[name]:.0f}" if name in seconds else ""]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
         if arm != CNNS:
             texts = [text for reading in READINGS for text in apart(trials, reading)]
             more.append(f"| {arm} | {' | '.join(texts)} |")
@@ -196,12 +200,13 @@ def table(dataset: str, block: str) -> str:
 
 def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
-    tables = {f"{name}, {block} blocks": table(x, block) for x, name in DATASETS.items() for block in BLOCKS}
-    parts = [part for title, text in tables.items() if text for part in (f"**{title}**", text)]
-    parts += [f"Seconds at a matmul peak of {read(TIMES)[speed.PEAK]:.0f} GFLOP/s."]
-    noprop.say(text := "\n\n".join(parts))
-    write("cascade", text)
-    return 0
+    parts = []
+    for title, what in TABLES.items():
+        if text := table(*what):
+            parts += [f"**{title}**", text]
+    if parts and (peak := read(TIMES).get(speed.PEAK)):
+        parts += [f"Seconds at a matmul peak of {peak:.0f} GFLOP/s."]
+    return publish("cascade", parts)
 
 
 def main() -> int:

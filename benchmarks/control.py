@@ -281,27 +281,37 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
 def tried(dataset: str, kinds: tuple[str, ...] = ("cnns",)) -> str:
     """The learning rates that were tried, in words."""
     found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
-    text = (
-        "Validation loss (and accuracy) by learning rate; the least loss decides, unless a row says otherwise"
-    )
+    text = "Validation loss (and accuracy) by learning rate; the least loss decides, if no row says otherwise"
     for kind, of_kind in [(kind, found[kind]) for kind in kinds if kind in found]:
         losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
+        edge = best_rate(of_kind) in (RATES[0], RATES[-1])
         text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
+        text += ", where the grid ends" * edge
     return text + "."
 
 
 def report() -> int:
     """Print the tables, put them into docs/evidence.md, and draw the picture."""
-    tables, parts = {}, ["![Error, loss and calibration of chain and CNNs](img/evidence_control.png)"]
+    tables, parts = {}, []
     for dataset, name in DATASETS.items():
         if files := [np.load(path) for path in sorted(RESULTS.glob(f"control-{dataset}-[0-9].npz"))]:
             rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
             tempered = rows.pop("tempered")
             parts += [f"**{name}**, replicates: {len(files)}", table(rows, tempered), tried(dataset)]
             tables[dataset] = rows
+    if parts:
+        parts.insert(0, "![Error, loss and calibration of chain and CNNs](img/evidence_control.png)")
+    return publish("control", parts) or noprop.picture(draw, DOCS / "img" / "evidence_control.png", tables)
+
+
+def publish(mark: str, parts: list[str]) -> int:
+    """Print a report, and put it into docs/evidence.md; the exit code, 2 where nothing is measured."""
+    if not parts:
+        noprop.say("Nothing is measured yet: leave --report out.", file=sys.stderr)
+        return 2
     noprop.say(text := "\n\n".join(parts))
-    write("control", text)
-    return noprop.picture(draw, DOCS / "img" / "evidence_control.png", tables)
+    write(mark, text)
+    return 0
 
 
 def command_line(about: str, replicates: int) -> argparse.Namespace:

@@ -47,7 +47,7 @@ from benchmarks.seeds import (
     run,
     write,
 )
-from benchmarks.speed import PEAK, peak_bytes, random_batch, seconds_of_steps
+from benchmarks.speed import PEAK, name_of_machine, peak_bytes, random_batch, seconds_of_steps
 from noprop_lab import __main__ as lab
 from noprop_lab.data import load_data
 from noprop_lab.networks import LabState
@@ -435,8 +435,7 @@ def fashion(seeds: range, fashion_mnist: Path) -> Rows:
 
 def cheaper(_seeds: range) -> Rows:
     """Is NoProp cheaper? Activations kept for the backward pass, and time of a step (benchmarks/speed.py)."""
-    newest = max(RESULTS.glob("speed-*-cores.json"), key=lambda path: path.stat().st_mtime)
-    found = json.loads(newest.read_text())
+    found = json.loads((RESULTS / f"speed-{name_of_machine()}.json").read_text())
     rows: Rows = {}
     for key, value in found.items():
         if memory := re.fullmatch(r"(T = \d+): MiB of activations, \d+ images, (.*)", key):

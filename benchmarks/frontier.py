@@ -173,7 +173,7 @@ def chosen(name: str) -> Setting:
 
     def accuracy(setting: Setting) -> float:
         names = [setting.key(seed) for seed in range(SEEDS[setting])]
-        return statistics.mean(rows[x]["alone"]["accuracy"] for x in names if x in rows)
+        return statistics.mean(rows[x]["alone"]["accuracy"] for x in names)
 
     return max(RULES[name], key=accuracy)
 
@@ -225,7 +225,8 @@ def report() -> int:
         lines += [f"| {' | '.join(names)} | {compared(one, other)} |"]
     lines += ["", "| chosen | test accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
     for rule in RULES:
-        setting, found = chosen(rule), [x for key, x in final.items() if key.startswith(rule)]
+        setting = chosen(rule)
+        found = [x for key, x in final.items() if key.startswith(f"{rule}-{setting.key('')}")]
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["average_accuracy"] for x in found])]
         title = f"{rule}: {name_of(setting)}, {setting.epochs} epochs"
         lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]

@@ -39,26 +39,29 @@ def temperature(log_p: Tensor, label: Tensor) -> float:
 
 
 @lru_cache(maxsize=1)
-def drawn_anew(R: int, N: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """The share of each image, (N, draws), and replicates of NoProp and of the CNNs, (2, R - 1, draws)."""
-    rng = np.random.default_rng(0)
-    images = rng.multinomial(N, np.full(N, 1 / N), size=draws).T / N
-    return images, rng.integers(R, size=(2, max(R - 1, 1), draws))
+def images_drawn(N: int, draws: int) -> np.ndarray:
+    """The share of each image in each draw, (N, draws)."""
+    return np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=draws).T / N
 
 
-def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000) -> dict[str, np.ndarray]:
-    """Means of each row: its own, then bootstrap draws of it, over images and over replicates, (1 + draws,).
+def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000, stream=1) -> dict[str, np.ndarray]:
+    """Means of each row: its own, then draws of what it could have been, (1 + draws,).
 
-    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are the same for all rows, replicates for all of
-    NoProp and for all CNNs. R - 1 of R replicates are drawn, which makes the variance of their mean unbiased;
-    of one replicate, the draws are over images only.
+    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are drawn anew, the same for all rows (bootstrap).
+    Of R replicates the mean moves by the standard error of R times a number from the t distribution with
+    R - 1 degrees of freedom: by the same combination of replicates in all rows of NoProp, and in all of
+    CNNs, so that differences are paired. Of one replicate, the draws are over images only. stream: of what
+    moves; another makes it independent.
     """
     R, _, _, N = next(iter(rows.values())).shape
-    (images, chosen), found = drawn_anew(R, N, draws), {}
+    rng, images, found = np.random.default_rng(stream), images_drawn(N, draws), {}
+    moves = rng.standard_normal((2, R, draws)) / np.sqrt(max(R * (R - 1), 1))
+    moves *= np.sqrt((R - 1) / rng.chisquare(max(R - 1, 1), (2, 1, draws)))  # now of R normal numbers' t
     for name, kept in rows.items():
-        values = right_and_loss(kept)[which].mean(1)
-        drawn = np.take_along_axis(values @ images, chosen[int(name.startswith("NoProp"))], 0)
-        found[name] = np.concatenate([[values.mean()], drawn.mean(0)])
+        values = right_and_loss(kept)[which].mean(1)  # (R, N)
+        apart = values.mean(1) - values.mean()
+        drawn = values.mean(0) @ images + apart @ moves[int(name.startswith("NoProp"))]
+        found[name] = np.concatenate([[values.mean()], drawn])
     return found
 
 

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
 from benchmarks.intervals import packed
-from benchmarks.seeds import write
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.settings import LabConfig
 
@@ -41,12 +40,13 @@ def wide(dataset: str, replicate: int, lr: float) -> list[LabConfig]:
     return last(dataset, replicate, lr, num_blocks=1, block="reference")
 
 
-OWN = "NoProp: chain of ten, the rate of best accuracy"
+OWN, EVERY = "NoProp: chain of ten, the rate of best accuracy", "the same, a loss after every block"
+MEAN = f"{EVERY}: their mean"
 RIVALS = {  # and what their rates are chosen by
     OWN: (control.chain, "accuracy"),
     "NoProp: chain of ten, the rate of least loss": (control.chain, "loss"),
     "the chain by backpropagation": (last, "loss"),
-    "the same, a loss after every block": (every, "loss"),
+    EVERY: (every, "loss"),
     "plain CNN of all blocks' size": (wide, "loss"),
 }
 
@@ -69,7 +69,7 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
         log_p = control.log_probabilities(config, data.test)
         rows[name] = packed(log_p[:, -1], data.test.labels)[None]
         if kind is every:
-            rows[f"{name}: their mean"] = packed(control.averaged(log_p), data.test.labels)[None]
+            rows[MEAN] = packed(control.averaged(log_p), data.test.labels)[None]
     np.savez_compressed(path, **rows)
 
 
@@ -79,19 +79,17 @@ def report() -> int:
     for dataset, title in control.DATASETS.items():
         paths = sorted(control.RESULTS.glob(f"rivals-{dataset}-[0-9].npz"))
         if paths:
-            both = [(np.load(x), np.load(control.answers_of(dataset, i))) for i, x in enumerate(paths)]
-            files = both[0][0].files
-            names = dict.fromkeys(x for x in (*RIVALS, *files) if x in files)  # in this order
+            both = [(np.load(x), np.load(x.with_name(x.name.replace("rivals", "control")))) for x in paths]
+            files = set.intersection(*(set(own.files) for own, _ in both))
+            names = [x for x in (*RIVALS, MEAN) if x in files]
             rows = {name: np.stack([own[name] for own, _ in both]) for name in names}
             beside = {name: np.stack([of[name] for _, of in both]) for name in (control.CHAIN, control.TEN)}
-            pairs = {name: (name, OWN) for name in (*rows, control.CHAIN) if name != OWN}
+            pairs = {name: (name, OWN) for name in (*rows, control.CHAIN) if name != OWN in rows}
             table = control.short_table(rows | beside, f"less {OWN}", pairs)
             parts += [f"**{title}**, replicates: {len(paths)}", table]
             kinds = dict.fromkeys(["cnns", *(kind.__name__ for kind, _ in RIVALS.values())])
             parts.append(control.tried(dataset, tuple(kinds)))
-    noprop.say(text := "\n\n".join(parts))
-    write("rivals", text)
-    return 0
+    return control.publish("rivals", parts)
 
 
 def main() -> int:

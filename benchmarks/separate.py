@@ -32,10 +32,10 @@ from benchmarks.control import (
     command_line,
     fit,
     load_images,
+    publish,
     short_table,
 )
 from benchmarks.intervals import packed
-from benchmarks.seeds import write
 from noprop_lab import networks
 from noprop_lab.dt import LabHybrid
 from noprop_lab.settings import LabConfig
@@ -93,16 +93,19 @@ def trained(dataset: str, replicate: int, loss: str, noise: bool, data: noprop.D
 def log_probabilities(model, split: noprop.Split, chained: bool) -> Tensor:
     """log p after every block, along the chain or each at z = 0, (N, T, classes).
 
-    By cross-entropy û = p W, and p is read from it as û Wᵀ; by MSE it is what the classifier makes of û.
+    By cross-entropy of the block's own logits; by MSE, of what the classifier makes of û.
     """
-    found, W = [], model.label_embedding.weight
+    found = []
     for x in split.images.split(500):
         x, rows = noprop.to_float(x), []
         z = start = model.start(x)
         for t in range(1, len(model.blocks) + 1):
-            u_hat, z = model.step(t, x, z if chained else start)
-            by_p = model.config.target == "classes"
-            rows.append((u_hat @ W.T).clamp_min(1e-9).log() if by_p else model.classify(u_hat, z))
+            block, before = model.blocks[t - 1], z if chained else start
+            u_hat, z = model.step(t, x, before)
+            logits = model.classify(u_hat, z)
+            if model.config.target == "classes":
+                logits = block.head(torch.cat([block.image(x), block.label(before)], dim=1))
+            rows.append(logits)
         found.append(torch.stack(rows, 1))
     return torch.cat(found).double().log_softmax(-1).cpu()
 
@@ -143,9 +146,7 @@ def report() -> int:
             names += [(1, name) for name in (CHAIN, CHAIN_AVERAGE, BLOCK, ONE, TEN)]
             rows = {name: np.stack([pair[i][name] for pair in files]) for i, name in names}
             parts += [f"**{title}**, replicates: {len(files)}", table(rows)]
-    noprop.say(text := "\n\n".join(parts))
-    write("separate", text)
-    return 0
+    return publish("separate", parts)
 
 
 def main() -> int:

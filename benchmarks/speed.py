@@ -34,6 +34,7 @@ from benchmarks.machine import matmul_peak
 from noprop_example import Config, State
 from noprop_lab import backprop
 from noprop_lab.__main__ import kind_and_step, step_of
+from noprop_lab.data import with_augmentation
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import LabState
@@ -139,19 +140,22 @@ def noprop_steps(state: State, batch: tuple[Tensor, Tensor]) -> Callable[[], Non
     return pooled(lambda pool: train_step(state, *batch, pool))
 
 
-def side_by_side(states: list[State], batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """noprop_steps() of one state; of several, twins, a call that makes STEPS steps of all, side by side."""
-    if len(states) == 1:
-        return noprop_steps(states[0], batch)
-    return pooled(lambda pool: list(pool(lambda state: train_step(state, *batch), states)))
-
-
 def seconds_of_steps(configs: dict[str, list[LabConfig]], rounds: int) -> dict[str, float]:
     """Seconds of a step, interleaved, of a config's blocks or several networks side by side; and the peak."""
-    contestants = {}
-    for name, of_one in configs.items():
-        contestants[name] = side_by_side([LabState(x) for x in of_one], random_batch(of_one[0].batch_size))
-    measured = interleaved(contestants, rounds)
+
+    def call(of_one: list[LabConfig]) -> Callable[[], None]:
+        """A call that makes STEPS steps as train() has them, with augmentation, on one batch."""
+        states, (image, label) = [LabState(x) for x in of_one], random_batch(of_one[0].batch_size)
+        augment = with_augmentation(noprop.Data(None, None, None), of_one[0]).augment
+
+        def step(pool: Callable, state: LabState) -> None:
+            train_step(state, augment(image, noprop.generator(state.step)), label, pool)
+
+        if len(states) == 1:
+            return pooled(lambda pool: step(pool, states[0]))
+        return pooled(lambda pool: list(pool(partial(step, map), states)))
+
+    measured = interleaved({name: call(of_one) for name, of_one in configs.items()}, rounds)
     found = {name: statistics.median(x) / STEPS for name, x in measured.items()}
     return found | {PEAK: matmul_peak()}
 

@@ -172,6 +172,8 @@ def main() -> int:
     data = load_data(LabConfig(dataset=given.dataset), given.data_root)
     configs = [x for replicate in range(5) for x in chain(given.dataset, replicate, LabConfig.lr)]
     paths = [path for path in map(path_of, configs) if path.exists()]
+    if not paths:
+        parser.error("runs/control below this folder has no network of NoProp: control.py trains them")
     by_floor = {x: [measure(networks.load(path), data.val, x) for path in paths] for x in FLOORS}
     gram = {path.name: gram_of(networks.load(path)) for path in paths}
     kept = {"command": f"theory.py {given.dataset}", "smallest, largest square, largest product": gram}

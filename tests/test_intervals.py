@@ -19,6 +19,22 @@ def test_p_is_pooled_and_corrected_for_the_number_of_comparisons():
     assert intervals.adjusted({"a": [0.01, -0.02], "b": [0.02, -0.01]}) == {"a": 1.0, "b": 1.0}
 
 
+def test_the_mean_of_a_few_replicates_moves_by_a_t_distribution():
+    """Three replicates of 80, 81 and 83 %, all images alike; two rows of them move together."""
+    right = np.stack([np.arange(1000) < x for x in (800, 810, 830)]).astype(float)
+    kept = np.stack([np.zeros_like(right), right - 1], 1)[:, None]
+    rows = {"NoProp": kept, "NoProp: the same": kept, "CNNs": kept}
+    drawn = intervals.resampled(rows, 0, draws=20_000)
+    assert np.array_equal(drawn["NoProp"], drawn["NoProp: the same"])
+    apart = drawn["NoProp"] - drawn["CNNs"]  # images cancel: of two independent means
+    error = np.std([80, 81, 83], ddof=1) / 3**0.5
+    two = stats.t.rvs(2, size=(2, 200_000), random_state=0)
+    expected = np.quantile(error * (two[0] - two[1]), [0.025, 0.25, 0.975])
+    assert np.quantile(apart[1:], [0.025, 0.25, 0.975]) == pytest.approx(expected, rel=0.1)
+    other = intervals.resampled(rows, 0, draws=20_000, stream=2)["CNNs"] - drawn["CNNs"]
+    assert other[1:].std() > 1 and np.isfinite(intervals.resampled({"CNNs": kept[:1]}, 0)["CNNs"]).all()
+
+
 def test_intervals_are_paired_over_images():
     """Two networks that err on the same images, but for 12 of 1,000, differ by that much, surely."""
     label = torch.arange(1000) % 10
