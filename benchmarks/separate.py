@@ -150,7 +150,7 @@ def report() -> int:
 
 
 def main() -> int:
-    given = command_line(__doc__, 1)
+    given = command_line(__doc__, 3)
     if not given.report:
         data = load_images(given)
         for replicate in range(given.replicates):
