@@ -54,7 +54,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
 
@@ -84,8 +84,8 @@ def generator(*address: int | str) -> torch.Generator:
 
 def send(draws: Tensor, device: torch.device) -> Tensor:
     """CPU draws on the device. A GPU takes pinned memory: a plain copy would wait for all its work."""
-    pinned = draws.pin_memory() if device.type == "cuda" and draws.is_cpu else draws
-    return pinned.to(device, non_blocking=True)
+    pinned = device.type == "cuda" and draws.is_cpu
+    return (draws.pin_memory() if pinned else draws).to(device, non_blocking=pinned)
 
 
 @contextmanager
@@ -573,16 +573,15 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
 def flatten(part: nn.Module) -> nn.Parameter:
     """A part's parameters as one vector: they become views of it, and their gradients of its gradient.
 
-    So a block's clip, its optimizer's step and its average are one operation each, not one a tensor. Each
-    starts at a multiple of 16 bytes, as convolutions on a GPU take it.
+    So a block's clip, its optimizer's step and its average are one operation each, not one a tensor.
     """
-    parameters = list(part.parameters())
-    gaps = [-x.numel() % 4 for x in parameters[:-1]] + [0]
-    vectors = [x.detach().as_strided((x.numel(),), (1,)) for x in parameters]
-    flat = nn.Parameter(torch.cat([F.pad(x, (0, gap)) for x, gap in zip(vectors, gaps, strict=True)]))
-    flat.grad, sizes = torch.zeros_like(flat), [x.numel() + gap for x, gap in zip(vectors, gaps, strict=True)]
-    for x, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
-        x.data, x.grad = (v.as_strided(x.shape, x.stride()) for v in (data, grad))
+    *others, last = part.parameters()
+    sizes = [x.numel() + -x.numel() % 4 for x in others] + [last.numel()]  # 16 bytes: so a GPU reads them
+    flat = nn.Parameter(last.new_zeros(sum(sizes)))
+    flat.grad = torch.zeros_like(flat)
+    for x, *vectors in zip((*others, last), flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+        data, grad = (v.as_strided(x.shape, x.stride()) for v in vectors)
+        x.data, x.grad = data.copy_(x.detach()), grad
     return flat
 
 
@@ -818,9 +817,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def keep_older(path: Path) -> None:
     """Give an earlier run's checkpoint, and its JSON file, a free numbered name: nothing is overwritten."""
-    files, number = (path, path.with_suffix(".json")), 1
-    while any(x.with_suffix(f".{number}{x.suffix}").exists() for x in files):
-        number += 1
+    files = path, path.with_suffix(".json")
+    number = next(n for n in count(1) if not any(x.with_suffix(f".{n}{x.suffix}").exists() for x in files))
     for x in filter(Path.exists, files):
         say(f"Kept the older {x} as {x.rename(x.with_suffix(f'.{number}{x.suffix}')).name}.")
 
@@ -962,12 +960,10 @@ def read_digit(path: Path) -> Tensor:
         raise Failure(f"{path} shows nothing: it is all one shade")
     inside = 0.25 * ink.max() if ink.size > 784 else 0  # MNIST's own are to stay as they are
     digit = Image.fromarray(ink).crop(Image.fromarray(ink > inside).getbbox())
-    size = [max(1, round(20 * side / max(digit.size))) for side in digit.size]
-    digit = digit.resize(size, Image.Resampling.BOX)
+    digit = digit.resize([max(1, round(20 * side / max(digit.size))) for side in digit.size], Image.BOX)
     ink, canvas = np.asarray(digit), Image.new("F", (28, 28))
     y, x = ((ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(ink.shape))
-    corner = [int(np.clip(round(14 - c), 0, 28 - n)) for c, n in zip((x, y), digit.size, strict=True)]
-    canvas.paste(digit, corner)
+    canvas.paste(digit, [min(max(round(14 - c), 0), 28 - n) for c, n in zip((x, y), digit.size, strict=True)])
     return torch.from_numpy((np.array(canvas) * (255 / ink.max())).round().astype(np.uint8)).unsqueeze(0)
 
 
@@ -1117,8 +1113,7 @@ After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
 Blocks' average  {test["average_accuracy"]:.2f} % (of the class probabilities of all blocks{use})
 Time             {state.seconds:.0f} s of training, {summary["seconds_total"]:.0f} s in all, on {state.device}
 Files            {", ".join(x.name for x in files)} in {options.output_dir.resolve()}""")
-        failed = picture(draw_progress, files[2], summary)
-        return failed | picture(draw, files[3], model, data.test)
+        return picture(draw_progress, files[2], summary) | picture(draw, files[3], model, data.test)
 
 
 def run(state, data: Data, options: Options, content=None, step=train_step, agreed=None, end=finish) -> int:

@@ -86,8 +86,9 @@ class NoiseSchedule(nn.Module):
         return self.gamma_0 + spread * (high - here) / (high - low), -spread * slope / (high - low)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ at t, of its shape, in float64: steps need its small differences."""
-        return torch.sigmoid(-self(t)[0].double())
+        """ᾱ at t, of its shape, in float64, which steps need for its small differences; MPS has none."""
+        gamma = self(t)[0]
+        return torch.sigmoid(-(gamma if gamma.device.type == "mps" else gamma.double()))
 
     @torch.inference_mode()
     def summary(self) -> dict[str, Any]:

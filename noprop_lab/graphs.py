@@ -53,19 +53,21 @@ class GraphState(LabState):
             optimizer["state"] = optimizer["state"] or tree_map_only(Tensor, torch.zeros_like, made)
             self.load_part_state(name, [*modules, optimizer])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):  # on the device of this state, which need not be current
             self.results = step(self, self.image, self.label, self.rate, self.side_by_side)
         self.graph = graph
 
     def side_by_side(self, function: Callable[[int], Any], blocks: list[int]) -> list[Any]:
         """A map() over blocks, each on a stream of its own."""
         here, results = torch.cuda.current_stream(self.device), []
-        for block, stream in zip(blocks, self.streams, strict=True):
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                results.append(function(block))
-        for stream in self.streams:
-            here.wait_stream(stream)
+        try:
+            for block, stream in zip(blocks, self.streams, strict=True):
+                stream.wait_stream(here)
+                with torch.cuda.stream(stream):
+                    results.append(function(block))
+        finally:  # a capture whose streams do not come together says that, and not what has failed
+            for stream in self.streams:
+                here.wait_stream(stream)
         return results
 
     def fill(self, image: Tensor, label: Tensor, lr: float) -> None:
