@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 T, ETA, LAMBDA = 3, 2.0, 1.0
-CLIP, DECAY, DECAY_W, MAX_NORM, AVERAGE = 0.05, 0.3, 0.2, 0.98, 0.998
+CLIP, DECAY, DECAY_W, MAX_NORM, AVERAGE = 0.05, 0.3, 0.2, 0.98, 0.15  # which binds from step 2 on
 
 # the last five: of the noise schedule; "w" also of a chain that learns its α_t
 LEARNED = "weight", "bias", "gamma_0", "spread", "w", ".v", ".b"

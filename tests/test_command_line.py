@@ -311,16 +311,39 @@ def test_one_bad_picture_among_many_and_the_others_are_answered(capsys, tmp_path
     assert output.err.startswith("error: cannot read the image") and output.err.count("\n") == 1
 
 
-def test_divergence_keeps_the_last_checkpoint(capsys, tmp_path):
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_runs_out_is_a_line(error, capsys):
+    def execute(arguments: list[str]) -> int:
+        raise error
+
+    fails(capsys, 1, [], "out of memory", main=lambda arguments: noprop.main(arguments, execute))
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with noprop.caught_signals() as signalled:
+            signal.raise_signal(signal.SIGHUP)
+            assert signalled() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(10.0, 4), (1e-9, 6)])
+def test_divergence_keeps_the_last_checkpoint(minutes, saved, capsys, tmp_path):
+    """Of an epoch, or where a step takes longer than --checkpoint-minutes, of the step before."""
+
     def poisoned(state, image, *rest):
         return noprop.train_step(state, image * (float("nan") if state.step == 6 else 1), *rest)
 
-    config, options = noprop.Config(**TINY | {"epochs": 3}), noprop.Options(output_dir=tmp_path)
+    config = noprop.Config(**TINY | {"epochs": 3})
+    options = noprop.Options(output_dir=tmp_path, checkpoint_minutes=minutes)
     run = noprop.State(config), noprop.load_data(config), options, None, poisoned
     assert noprop.main([], lambda _: noprop.run(*run)) == 3
     assert capsys.readouterr().err.startswith("error: loss of block 1 is nan by step 7")
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
-    assert checkpoint["training"]["step"] == 4
+    assert checkpoint["training"]["step"] == saved
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
 

@@ -107,7 +107,7 @@ def test_the_schedule_starts_where_the_settings_say():
 
 
 def test_t_is_drawn_once_in_each_part_of_the_interval():
-    t = flows.stratified(lambda purpose, shape, kind: kind(shape), 64)
+    t = flows.stratified(lambda purpose, shape, kind: kind(shape, generator=noprop.generator("t")), 64)
     assert torch.equal((t * 64).floor(), torch.arange(64.0))
 
 
@@ -381,6 +381,19 @@ def test_what_the_picture_of_a_run_shows():
 
 
 # --- Commands ----------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_the_results_are_those_of_the_selected_weights(kind, small_data, tmp_path):
+    config = kind(steps=2)
+    state, kept = LabState(config, CPU, small_data), build(replace(config, seed=7)).eval()
+    answers = kept.predict(small_data.test.images)
+    data = small_data._replace(test=small_data.test._replace(labels=answers))  # only its own are all right
+    state.selected = kept.state_dict()
+    assert flows.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
+    found = json.loads((tmp_path / f"noprop_{kind.objective}.json").read_text())
+    assert found["test_accuracy"] == 100
+    assert found["val_accuracy"] == noprop.evaluate(kept, data.val, config)["accuracy"][-1] < 100
 
 
 @pytest.mark.draws

@@ -75,6 +75,9 @@ def test_hybrid_loss_is_a_constant_times_the_noise_error(target):
         error = (eps_hat - noise).square().mean()
         torch.testing.assert_close(loss, (2 + (1 - level) / level) * error)
         torch.testing.assert_close(level.sqrt() * u_hat + (1 - level).sqrt() * eps_hat, z)
+        f = block.head(torch.cat([block.image(image), block.label(z)], dim=1))  # what the target says it is
+        found = eps_hat if target == "noise" else u_hat
+        torch.testing.assert_close(found, f.softmax(-1) @ W if target == "classes" else f)
 
 
 class Oracle(nn.Module):

@@ -93,6 +93,16 @@ def test_the_papers_block_has_its_size():
     )
 
 
+def test_the_papers_block_skips_in_the_way_of_the_label_and_its_recipe_is_the_papers():
+    block, z = dt.PaperBlock((1, 28, 28), 20, 10).eval(), torch.randn(4, 20)
+    h = block.label[:3](z)
+    torch.testing.assert_close(block.label(z), h + nn.Sequential(*block.label[3])(h))
+    assert sum(isinstance(layer, nn.ReLU) for layer in block.modules()) == 7
+    config = DTConfig.paper()
+    recipe = config.grad_clip, config.max_norm_embed, config.embed_wd, config.patience
+    assert recipe == (1e9, 1e9, 1e-3, 100)
+
+
 @pytest.mark.parametrize("updates", ["each", "last"])
 @pytest.mark.parametrize("t", [1, 3])
 def test_a_dt_block_is_trained_alone(batch, t, updates):
@@ -190,6 +200,14 @@ def test_the_hybrid_loss_may_have_a_classifier_that_reads_z(batch):
     state = LabState(LabConfig(**TINY, classify="z"))
     image, zeros = batch[0][:4], torch.zeros(4, 20)
     assert torch.equal(state.model.classify(zeros, zeros + 1), state.model.classifier(zeros + 1))
+    W, label = state.model.label_embedding.weight, batch[1][:4]
+
+    def draw(purpose: str, shape, kind=torch.randn) -> torch.Tensor:
+        return kind(shape, generator=noprop.generator(purpose))
+
+    loss = state.objective.head_loss(state.model.classifier, zeros, label, W, draw)
+    z = noprop.noisy_label(W[label], draw("z_T", (4, 20)), state.model.alpha_bar[-1].item())
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(state.model.classifier(z), label))
     before = {name: x.clone() for name, x in state.model.state_dict().items()}
     noprop.train_step(state, *batch, 1e-3)
     assert not torch.equal(before["classifier.weight"], state.model.classifier.weight)

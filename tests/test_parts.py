@@ -45,7 +45,8 @@ def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path, names)
     assert same(merged["model"], whole["model"]) and merged["config"] == whole["config"]
     for name in ("blocks.0", "blocks.1", "blocks.2", "classifier"):
         assert equal(merged["training"]["parts"][name], whole["training"]["parts"][name])
-    losses = [x["training"]["history"][-1]["block_losses"] for x in (merged, whole)]
+    last = [x["training"]["history"][-1] for x in (merged, whole)]
+    losses = [[*x["block_losses"], x["classifier_loss"]] for x in last]
     assert losses[0] == pytest.approx(losses[1])
     assert {x.name for x in tmp_path.iterdir()} == {x.name for x in (parts / "whole").iterdir()}
 
@@ -83,6 +84,11 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
     content["model"]["blocks.1.more"] = torch.zeros(1)
     torch.save(content, tmp_path / "more.pt")
     refused(capsys, 2, [*command, files[0], str(tmp_path / "more.pt"), files[2]], "have other weights")
+    for change, word in ({"data": "x"}, "trained on other images"), ({"step": 9}, "not trained equally long"):
+        content = contents(Path(files[1]))
+        (content if "data" in change else content["training"]).update(change)
+        torch.save(content, tmp_path / "other.pt")
+        refused(capsys, 2, [*command, files[0], str(tmp_path / "other.pt"), files[2]], word)
     few = lab.load_data
 
     def fewer(*arguments) -> noprop.Data:

@@ -49,6 +49,16 @@ def test_the_network_in_the_repository_is_small_and_holds_weights_alone(network)
     assert noprop.Config(**found["config"]) == noprop.Config() and network.config.seed == 0
 
 
+def test_the_scripts_reader_takes_what_lies_on_its_head_and_what_has_16_bits(data, tmp_path):
+    digit = data.test.images[0, 0].numpy()
+    (exif := Image.Exif())[0x0112] = 3  # upside down
+    Image.fromarray(digit).save(tmp_path / "plain.png")
+    Image.fromarray(digit[::-1, ::-1].copy()).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(digit.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    plain, *others = (noprop.read_digit(tmp_path / f"{x}.png") for x in ("plain", "turned", "deep"))
+    assert all(torch.equal(x, plain) for x in others)
+
+
 def test_it_is_as_accurate_as_is_said_on_a_part(network, data):
     right = (network.predict(data.test.images[:2000]) == data.test.labels[:2000]).sum().item()
     assert right == 1986  # of the first 2,000

@@ -22,6 +22,7 @@ SETTINGS = dict(
     weight_decay=reference.DECAY,
     embed_wd=reference.DECAY_W,
     max_norm_embed=reference.MAX_NORM,
+    ema_decay=reference.AVERAGE,
 )
 
 
@@ -40,7 +41,7 @@ def states(embedding: str) -> dict[str, noprop.State]:
     weights = dict(eta_loss_weight=reference.ETA, lambda_global=reference.LAMBDA, embedding=embedding)
     dt = DTConfig(**SETTINGS, eta_loss_weight=reference.ETA, embedding=embedding)
     twin = BackpropConfig(**SETTINGS, embedding=embedding)
-    papers = dict(weights="learned", target="classes", classify="z", temperature=1.0)
+    papers = dict(weights="learned", target="classes", classify="z", temperature=0.5)
     return {
         "hybrid": noprop.State(noprop.Config(**SETTINGS, **weights)),
         "hybrid, classes": LabState(LabConfig(**SETTINGS, **weights, target="classes")),
@@ -79,7 +80,7 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
             return torch.randn(shape, generator=noprop.generator(state.config.seed, purpose, t, k))
 
         eps, eps_T = ([draw(x, t) for t in range(1, reference.T + 1)] for x in ("noise", "z_T"))
-        eps = [draw("z_0", 0)] if "learned" in name else eps
+        eps = [state.config.temperature * draw("z_0", 0)] if "learned" in name else eps
         slow.step(image, label, lr, eps, eps_T)
         results = step(state, image, label, lr)
         state.step += 1

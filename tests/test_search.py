@@ -61,7 +61,7 @@ def test_a_search_goes_on_with_the_missing_trials(tmp_path, capsys):
 
 
 def test_the_best_settings_are_trained_and_can_be_given(tmp_path, capsys):
-    assert search(tmp_path, hpo_trials=3) == 0
+    assert search(tmp_path, hpo_trials=3, hpo_epochs=2) == 0  # the final run has one epoch
     output = capsys.readouterr().out
     assert "The best, now in hpo_best.json" in output and "Test accuracy" in output
     best = json.loads((tmp_path / "hpo_best.json").read_text())
@@ -70,7 +70,7 @@ def test_the_best_settings_are_trained_and_can_be_given(tmp_path, capsys):
     assert winner.value == winner.user_attrs["record"]["val_loss"]
     assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["config"] == best
     weights = contents(tmp_path / "noprop_hybrid.pt")
-    assert search(tmp_path, hpo_trials=3) == 0  # the final run is there already
+    assert search(tmp_path, hpo_trials=3, hpo_epochs=2) == 0  # the final run is there already
     assert "Resuming" in capsys.readouterr().out and not (tmp_path / "noprop_hybrid.1.pt").exists()
     assert equal(contents(tmp_path / "noprop_hybrid.pt"), weights)
 

@@ -97,6 +97,22 @@ def test_selection_takes_the_last_epoch_within_one_standard_error_and_patience_e
     assert len(list(noprop.train(constant, small_data))) == 3
 
 
+def test_selection_counts_the_validation_images(small_data):
+    """Of 50 images one standard error is 4 points, of 500 it is 1.3."""
+    few = small_data._replace(val=noprop.Split(*(x[:50] for x in small_data.val)))
+    training = noprop.State(noprop.Config(**TINY | {"epochs": 2, "num_blocks": 1}))
+    measure, accuracies = training.measure, iter([90.0, 86.5])
+    training.measure = lambda *arguments: measure(*arguments) | {"val_accuracy": next(accuracies)}
+    list(noprop.train(training, few))
+    assert training.selected_epoch == 2
+
+
+def test_an_incomplete_last_batch_is_left_out(small_data):
+    training = noprop.State(noprop.Config(**TINY | {"epochs": 2, "num_blocks": 1, "batch_size": 100}))
+    list(noprop.train(training, small_data))
+    assert len(small_data.train.labels) == 512 and training.step == 2 * 5
+
+
 def test_a_poisoned_batch_stops_the_run_and_is_named(small_data):
     images = small_data.train.images.float() / 255
     images[77] = float("nan")

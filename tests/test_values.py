@@ -15,6 +15,7 @@ from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
 from noprop_lab.dt import Dropout, DTConfig, PaperBlock
 from noprop_lab.networks import LabState
+from noprop_lab.settings import LabConfig
 
 # --- Learning rate, order, draws ---------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ def test_the_seed_decides_the_weights_of_each_part():
     assert not torch.equal(one["blocks.0.head.0.weight"], one["blocks.1.head.0.weight"])
 
 
-@pytest.mark.parametrize("kind", [DTConfig, BackpropConfig, CascadeConfig])
+@pytest.mark.parametrize("kind", [LabConfig, DTConfig, BackpropConfig, CascadeConfig])
 def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(kind, small_data):
     """Of the paper's block, in training, what its dropout layers draw."""
     masks = []
