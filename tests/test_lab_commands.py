@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 import optuna
 import pytest
@@ -160,6 +162,15 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         assert set(values) - set(found) == missing and replace(config, **found)
 
 
+@pytest.fixture(scope="module")
+def two_networks(tmp_path_factory) -> list[Path]:
+    """F, of MNIST, and K, of KMNIST: checkpoints of networks that were not trained."""
+    folder = tmp_path_factory.mktemp("networks")
+    configs = LabConfig(num_blocks=3), LabConfig(num_blocks=3, dataset="kmnist")
+    pairs = zip("FK", configs, strict=True)
+    return [untrained(folder, config).rename(folder / name) for name, config in pairs]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -224,10 +235,10 @@ def test_a_search_leaves_out_what_an_objective_does_not_know():
         ("evaluate none.pt", "cannot read none.pt: No such file"),
     ],
 )
-def test_what_is_refused_is_named(arguments, word, tmp_path, monkeypatch, capsys):
+def test_what_is_refused_is_named(arguments, word, two_networks, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    untrained(tmp_path).rename("F")
-    untrained(tmp_path, LabConfig(num_blocks=3, dataset="kmnist")).rename("K")
+    for path in two_networks:
+        shutil.copy(path, tmp_path)
     (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
     part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}
     (tmp_path / "part.json").write_text(json.dumps(part))
