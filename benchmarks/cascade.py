@@ -158,18 +158,27 @@ READINGS = {"mean": "mean of all", "late": "mean of the later half", "last": "th
 
 
 def apart(trials: list[Trial], reading: str) -> list[str]:
-    """Accuracy and loss of an arm less those of the CNNs, with intervals over seeds and images; by fold."""
+    """Accuracy and loss of an arm less those of the CNNs: with intervals over seeds and images, by fold.
+
+    Of two seeds each by itself: they say nothing of a spread. Of one, the interval is over images.
+    """
 
     def kept(trials: list[Trial], reading: str) -> np.ndarray:
-        return np.stack([np.load(x.answers)[reading] for x in trials])[:, None]
+        return np.stack([np.load(x.answers)[reading] for x in trials])[:, None]  # (seeds, 1, 2, N)
 
-    drawn = []
+    drawn, by_seed = [], []
     for fold in sorted({x.fold for x in trials}):
         chains = [x for x in trials if x.fold == fold]
-        cnns = [x._replace(arm=CNNS) for x in chains]
-        rows = {"NoProp": kept(chains, reading), CNNS: kept(cnns, "mean")}  # so resampled() calls a chain
+        pair = kept(chains, reading), kept([x._replace(arm=CNNS) for x in chains], "mean")
+        values = [np.stack(intervals.right_and_loss(x)).mean((2, 3)) for x in pair]  # (2, seeds)
+        by_seed.append(values[0] - values[1])
+        rows = dict(zip(("NoProp", CNNS), pair, strict=True))  # so resampled() calls a chain
         found = [intervals.resampled(rows, which, stream=fold) for which in (0, 1)]
         drawn.append([x["NoProp"] - x[CNNS] for x in found])
+    if len({x.seed for x in trials}) == 2:
+        return [
+            ", ".join(f"{x:+.{n}f}" for x in of) for of, n in zip(np.mean(by_seed, 0), (2, 4), strict=True)
+        ]
     return [intervals.interval(x, digits) for x, digits in zip(np.mean(drawn, 0), (2, 4), strict=True)]
 
 
