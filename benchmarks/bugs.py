@@ -375,7 +375,7 @@ FILES_AND_SEARCH = [
         'standard_error(accuracy, summary["test_images"])',
         "standard_error(accuracy, 5000)",
     ),
-    ("digits are not centred by mass", "int(np.clip(round(14 - c), 0, 28 - n))", "(28 - n) // 2"),
+    ("digits are not centred by mass", "min(max(round(14 - c), 0), 28 - n)", "(28 - n) // 2"),
     ("digits fill the whole picture", "round(20 * side", "round(28 * side"),
     ("digits must be light on dark", "ink = np.abs(gray -", "ink = np.maximum(0, gray -"),
     (
@@ -462,6 +462,36 @@ PARTS = [
     ),
 ]
 
+FOUND_BY_READING = [  # by somebody who looked for what all tests of then would survive
+    (SCRIPT, "state.record(record, len(data.val.labels))", "state.record(record, len(data.train.labels))"),
+    (SCRIPT, "[len(state.log) : steps]", "[len(state.log) :]"),
+    (SCRIPT, "replace(config, **best.user", "replace(config, epochs=options.hpo_epochs, **best.user"),
+    (SCRIPT, 'if self.target == "noise":', 'if self.target == "nose":'),
+    (SCRIPT, "1 - min(self.config.ema_decay, (1 + self.step)", "1 - min(1.0, (1 + self.step)"),
+    (SCRIPT, "or stop or time.monotonic() > saved + 60 * options.checkpoint_minutes:", "or stop:"),
+    (SCRIPT, "signal.getsignal(hang_up) == signal.SIG_IGN", "False"),
+    (SCRIPT, "(MemoryError, torch.OutOfMemoryError)", "(torch.OutOfMemoryError,)"),
+    (SCRIPT, "ImageOps.exif_transpose(file).convert", "file.convert"),
+    (SCRIPT, "x / 256", "x"),
+    (
+        f"{LAB}/dt.py",
+        "F.cross_entropy(classifier(classified(self.config, u_hat, label, W, draw))",
+        "F.cross_entropy(classifier(u_hat)",
+    ),
+    (f"{LAB}/dt.py", "skipped = Residual(", "skipped = nn.Sequential("),
+    (f"{LAB}/dt.py", "patience=epochs", "patience=15"),
+    (f"{LAB}/dt.py", "seed_dropout(block, draw)\n        return", "return"),
+    (f"{LAB}/flows.py", "model.load_state_dict(state.selected)", "model.eval()"),
+    (
+        f"{LAB}/flows.py",
+        "evaluate(model, data.val, config, parallel)",
+        "evaluate(model, data.test, config, parallel)",
+    ),
+    (f"{LAB}/backprop.py", "config.temperature * state.draw(", "state.draw("),
+    (f"{LAB}/parts.py", 'content["data"] != contents[0]["data"]', "False"),
+    (f"{LAB}/parts.py", 'content["training"]["step"] != contents[0]["training"]["step"]', "False"),
+]
+
 PARALLEL = [
     (
         "parallel: the gradient is not added up",
@@ -482,7 +512,7 @@ BUGS = [
         (f"{LAB}/parallel.py", PARALLEL),
     )
     for name, old, new in bugs
-]
+] + [Bug(f"by reading: {old.strip()}", file, old, new) for file, old, new in FOUND_BY_READING]
 
 LIKELY = {  # by the beginning of a bug's name: the test file that runs before all others
     "resume:": "reliability",
