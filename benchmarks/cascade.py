@@ -31,8 +31,8 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
-from benchmarks.control import DATASETS, averaged, best_rate, cnns, fit, grid, load_images, publish
-from benchmarks.frontier import held_out, keep, log_probabilities, read
+from benchmarks.control import DATASETS, averaged, best_rate, cnns, fit, grid, load_images, log_p_of, publish
+from benchmarks.frontier import held_out, keep, read
 from benchmarks.seeds import mean
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
@@ -104,7 +104,7 @@ def answers(configs: list[LabConfig], data: noprop.Data) -> tuple[torch.Tensor, 
     def one(config: LabConfig) -> tuple[torch.Tensor, int]:
         state = fit(config, with_augmentation(data, config), measured=False)
         weights = sum(x.numel() for block in state.model.blocks for x in block.parameters())
-        return log_probabilities(state.averaged, data.val.images), weights
+        return log_p_of(state.averaged, data.val.images), weights
 
     with noprop.workers(data.train.labels.device, 2) as parallel:  # a chain shares out its blocks itself
         found = list((parallel if len(configs) > 1 else map)(one, configs))
@@ -166,20 +166,23 @@ def apart(trials: list[Trial], reading: str) -> list[str]:
     def kept(trials: list[Trial], reading: str) -> np.ndarray:
         return np.stack([np.load(x.answers)[reading] for x in trials])[:, None]  # (seeds, 1, 2, N)
 
-    drawn, by_seed = [], []
+    pairs = {}  # by fold: of the chains, and of the CNNs
     for fold in sorted({x.fold for x in trials}):
         chains = [x for x in trials if x.fold == fold]
-        pair = kept(chains, reading), kept([x._replace(arm=CNNS) for x in chains], "mean")
-        values = [np.stack(intervals.right_and_loss(x)).mean((2, 3)) for x in pair]  # (2, seeds)
-        by_seed.append(values[0] - values[1])
-        rows = dict(zip(("NoProp", CNNS), pair, strict=True))  # so resampled() calls a chain
-        found = [intervals.resampled(rows, which, stream=fold) for which in (0, 1)]
-        drawn.append([x["NoProp"] - x[CNNS] for x in found])
-    if len({x.seed for x in trials}) == 2:
-        return [
-            ", ".join(f"{x:+.{n}f}" for x in of) for of, n in zip(np.mean(by_seed, 0), (2, 4), strict=True)
-        ]
-    return [intervals.interval(x, digits) for x, digits in zip(np.mean(drawn, 0), (2, 4), strict=True)]
+        pairs[fold] = kept(chains, reading), kept([x._replace(arm=CNNS) for x in chains], "mean")
+    cells = []
+    for which, digits in ((0, 2), (1, 4)):
+        if len({x.seed for x in trials}) == 2:
+            means = [[intervals.right_and_loss(x)[which].mean((1, 2)) for x in y] for y in pairs.values()]
+            cells.append(", ".join(f"{x - y:+.{digits}f}" for x, y in np.mean(means, 0).T))
+            continue
+        drawn = []
+        for fold, pair in pairs.items():
+            rows = dict(zip(("NoProp", CNNS), pair, strict=True))  # so resampled() calls a chain
+            found = intervals.resampled(rows, which, stream=fold)
+            drawn.append(found["NoProp"] - found[CNNS])
+        cells.append(intervals.interval(np.mean(drawn, 0), digits))
+    return cells
 
 
 def table(dataset: str, block: str, folds: range, seeds: range) -> str:

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,11 @@ def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
 
 
 @torch.inference_mode()
+def log_p_of(logits: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """log p, float64, (N, T, classes), of what computes class logits (B, T, classes) of float images."""
+    return torch.cat([logits(noprop.to_float(x)) for x in images.split(500)]).double().log_softmax(-1).cpu()
+
+
 def log_probabilities(config: LabConfig, split: noprop.Split, chained=True) -> Tensor:
     """log p after every block of a trained network, or of every block from z = 0, (N, T, classes)."""
     model = networks.load(path_of(config), split.images.device)
@@ -120,8 +126,7 @@ def log_probabilities(config: LabConfig, split: noprop.Split, chained=True) -> T
         steps = (model.step(t, x, model.start(x)) for t in range(1, config.num_blocks + 1))
         return torch.stack([model.classify(*step) for step in steps], 1)
 
-    logits = [(model if chained else alone)(noprop.to_float(x)) for x in split.images.split(500)]
-    return torch.cat(logits).double().log_softmax(-1).cpu()
+    return log_p_of(model if chained else alone, split.images)
 
 
 def averaged(log_p: Tensor) -> Tensor:

@@ -436,7 +436,9 @@ def fashion(seeds: range, fashion_mnist: Path) -> Rows:
 
 def cheaper(_seeds: range) -> Rows:
     """Is NoProp cheaper? Activations kept for the backward pass, and time of a step (benchmarks/speed.py)."""
-    found = json.loads((RESULTS / f"speed-{name_of_machine()}.json").read_text())
+    if not (path := RESULTS / f"speed-{name_of_machine()}.json").exists():
+        raise SystemExit(f"error: no {path.name}: run benchmarks/speed.py on this machine first")
+    found = json.loads(path.read_text())
     rows: Rows = {}
     for key, value in found.items():
         if memory := re.fullmatch(r"(T = \d+): MiB of activations, \d+ images, (.*)", key):

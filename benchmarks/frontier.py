@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
-from benchmarks.control import averaged, fit
+from benchmarks.control import averaged, fit, log_p_of
 from benchmarks.seeds import DOCS, mean, write
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.settings import LabConfig
@@ -88,18 +88,12 @@ def keep(path: Path, results) -> None:
 # --- Training ----------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def log_probabilities(model: noprop.NoProp, images: torch.Tensor) -> torch.Tensor:
-    """log p after every block, (N, T, classes), float64."""
-    return torch.cat([model(noprop.to_float(x)) for x in images.split(500)]).double().log_softmax(-1).cpu()
-
-
 def answers(setting: Setting, seed: int, data: noprop.Data) -> dict[str, np.ndarray]:
     """What packed() keeps of held-out images: of the chain, or a CNN; of the mean of blocks, or CNNs."""
     found = []
     for config in setting.configs(seed):
         state = fit(replace(config, select="last"), data, measured=False)
-        found.append(log_probabilities(state.averaged, data.val.images))
+        found.append(log_p_of(state.averaged, data.val.images))
     log_p, label = torch.cat(found, 1), data.val.labels
     return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(averaged(log_p), label)}
 

@@ -32,6 +32,7 @@ from benchmarks.control import (
     command_line,
     fit,
     load_images,
+    log_p_of,
     publish,
     short_table,
 )
@@ -89,25 +90,24 @@ def trained(dataset: str, replicate: int, loss: str, noise: bool, data: noprop.D
     return networks.load(path, data.train.labels.device)
 
 
-@torch.inference_mode()
 def log_probabilities(model, split: noprop.Split, chained: bool) -> Tensor:
     """log p after every block, along the chain or each at z = 0, (N, T, classes).
 
     By cross-entropy of the block's own logits; by MSE, of what the classifier makes of û.
     """
-    found = []
-    for x in split.images.split(500):
-        x, rows = noprop.to_float(x), []
-        z = start = model.start(x)
-        for t in range(1, len(model.blocks) + 1):
-            block, before = model.blocks[t - 1], z if chained else start
+
+    def logits(x: Tensor) -> Tensor:
+        z, rows = (start := model.start(x)), []
+        for t, block in enumerate(model.blocks, start=1):
+            before = z if chained else start
             u_hat, z = model.step(t, x, before)
-            logits = model.classify(u_hat, z)
             if model.config.target == "classes":
-                logits = block.head(torch.cat([block.image(x), block.label(before)], dim=1))
-            rows.append(logits)
-        found.append(torch.stack(rows, 1))
-    return torch.cat(found).double().log_softmax(-1).cpu()
+                rows.append(block.head(torch.cat([block.image(x), block.label(before)], dim=1)))
+            else:
+                rows.append(model.classify(u_hat, z))
+        return torch.stack(rows, 1)
+
+    return log_p_of(logits, split.images)
 
 
 def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> None:
