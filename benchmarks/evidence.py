@@ -8,7 +8,7 @@
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
     python benchmarks/evidence.py paper                  the paper's table, in runs of 200 s at most (1 hour);
                                                          --fashion-mnist DIR: on that too (2 hours)
-    python benchmarks/evidence.py fashion                Fashion-MNIST with its own settings (1 hour);
+    python benchmarks/evidence.py fashion                Fashion-MNIST with its own settings (3 hours);
                                                          takes --fashion-mnist DIR
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
 
@@ -51,7 +51,7 @@ from benchmarks.speed import PEAK, name_of_machine, peak_bytes, random_batch, se
 from noprop_lab import __main__ as lab
 from noprop_lab.data import load_data
 from noprop_lab.networks import LabState
-from noprop_lab.settings import LabConfig
+from noprop_lab.settings import LabConfig, WholeConfig
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
@@ -147,6 +147,8 @@ ABLATION = {  # name: flags, beside two epochs
 
 FASHION = {  # name: flags, beside Fashion-MNIST's own settings
     "NoProp, hybrid loss": [],
+    "NoProp-DT, one-hot": [*LAST, ONE_HOT],
+    "the same chain by backpropagation": ["--objective=backprop"],
     "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],
 }
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -185,7 +187,8 @@ def headline(seeds: range) -> Rows:
         rows[name] = {column: [x[key] for x in of_one] for column, key in columns.items()}
         for temperature, wanted in ((1.0, not HEADLINE[name]), (0.0, DT in HEADLINE[name])):
             if wanted:  # the other way of inference
-                found = [inferred(folder_of(HEADLINE[name], seed), temperature, test) for seed in seeds]
+                models = (network_of(folder_of(HEADLINE[name], seed)) for seed in seeds)
+                found = [inferred(model, temperature, test) for model in models]
                 rows[f"{name}, at τ = {temperature:g}"] = {
                     "test accuracy": [x["accuracy"][-1] for x in found],
                     "cut after block 1": [x["accuracy"][0] for x in found],
@@ -420,16 +423,20 @@ def fashion(seeds: range, fashion_mnist: Path) -> Rows:
         rows[name]["accuracy, validation images"] = [x["val_accuracy"] for x in found]
         rows[name]["epochs"] = [x["epochs"] for x in found]
     models = {name: [network_of(folder_of(own, seed)) for seed in seeds] for name, own in flags.items()}
-    chains, cnns = models.values()
+    chains, dt, _, cnns = models.values()
     test = load_data(chains[0].config, fashion_mnist).test
     shares = torch.stack([x.probabilities(test.images)[:, -1] for x in cnns]).mean(0)
     right, loss = shares.argmax(-1) == test.labels, F.nll_loss(shares.log(), test.labels)
     row = {"test accuracy": [100 * right.float().mean().item()], "nll": [loss.item()]}
     rows[f"{NUMBERS[len(cnns)]} of these, averaged"] = row
+    found = [inferred(model, 0.0, test) for model in dt]
+    row = {column: [x[key][-1] for x in found] for column, key in columns.items()}
+    rows["NoProp-DT, one-hot, at τ = 0"] = row
     ladders = [ladder_of(model, test) for model in chains]
     _, *names = ladders[0]  # its first row is the chain, which is there already
     rows |= {name: {"test accuracy": [x[name] for x in ladders]} for name in names}
-    for cores, (name, [first, *_]) in zip((2, 1), models.items(), strict=True):  # a CNN's run had one
+    for name, [first, *_] in models.items():
+        cores = 1 if isinstance(first.config, WholeConfig) else 2  # as its run had
         rows[name][f"seconds, cores: {cores}"] = [mib_and_seconds(first.config, cores)[1]]
     return rows
 

@@ -10,6 +10,7 @@ table, and keeps the values of every seed in benchmarks/results/.
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -133,9 +134,9 @@ def best_test_accuracy(summary: dict) -> float:
     return max(epoch["test_accuracy"] for epoch in summary["history"])
 
 
-def inferred(folder: Path, temperature: float, split: noprop.Split) -> dict:
-    """What evaluate() says of a run's network at another temperature, with DDPM's weights."""
-    model = network_of(folder)
+def inferred(model: noprop.NoProp, temperature: float, split: noprop.Split) -> dict:
+    """What evaluate() says of a network at another temperature, with DDPM's weights."""
+    model = copy.deepcopy(model)
     model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False).tolist()
     config = replace(model.config, weights="ddpm", temperature=temperature)
     with noprop.workers(noprop.CPU, noprop.Options.threads) as parallel:
@@ -166,7 +167,8 @@ def main() -> int:
     if results[0]["objective"] == "hybrid":
         config = network_of(folder_of(flags, seeds[0])).config
         test = data.load_data(config, data_root(flags)).test
-        found = [inferred(folder_of(flags, seed), config.temperature, test) for seed in seeds]
+        models = (network_of(folder_of(flags, seed)) for seed in seeds)
+        found = [inferred(model, config.temperature, test) for model in models]
         rows["inference with DDPM's weights"] = by_seed = [x["accuracy"][-1] for x in found]
         print(f"| the same networks, inference with DDPM's weights | {mean(by_seed)} |")
     print(f"{len(seeds)} seeds from {seeds[0]}, {results[0]['epochs']} epochs, {results[0]['versions']}")
