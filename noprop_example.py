@@ -42,7 +42,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import tempfile
@@ -1262,12 +1261,6 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
 # --- Main --------------------------------------------------------------------------------------------------
 
-# Flags that are the lab's, by its command.
-TRAIN = ["objective", "dataset", "image-size", "classes", "classify", "blocks", "embedding-from", "merge"]
-TRAIN += ["graphs", "preset paper", "block paper", "embedding onehot", "embedding prototype"]
-SEARCH = ["hpo-storage", "hpo-timeout", "hpo-objective", "hpo-final-run", "no-hpo-final-run"]
-MOVED = dict.fromkeys(TRAIN, "train") | dict.fromkeys(SEARCH, "search") | {"early-exit": "evaluate"}
-COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 SETTING = r"^    (?:# (.+)|(\w+): (?!ClassVar).+? = .+?  # (.+))$"  # a heading, or a field with its comment
 source_of = cache(inspect.getsource)
 
@@ -1289,7 +1282,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     """
 
     def fail(message: str) -> None:
-        raise Failure(message)
+        raise Failure(f"{message}: see --help, or python -m noprop_lab --help")
 
     about = "NoProp, see README.md. Flags are shown with defaults; of choices, the first is the default."
     form, flags, groups = partial(argparse.HelpFormatter, max_help_position=40), [], {}
@@ -1318,7 +1311,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
         rest += unknown
     elif unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        raise Failure(f"{unknown[0]} is no flag: {f'is {near[0]} meant?' if near else 'see --help'}")
+        fail(f"{unknown[0]} is no flag here" + (f", is {near[0]} meant?" if near else ""))
     return {name: tuple(x) if isinstance(x, list) else x for name, x in vars(found).items()}
 
 
@@ -1336,13 +1329,6 @@ def over_checkpoint(content, start: Config, given: dict[str, Any], free) -> Conf
 
 def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, Any] | None]:
     """Flags win over --config, that over --preset; or over a checkpoint, whose contents come too."""
-    words = [x for argument in arguments for x in argument.split("=", 1)]
-    text = " ".join([*words, ""]).replace("_", "-")
-    for flag, command in MOVED.items():
-        if f"--{flag} " in text:
-            command = next((COMMANDS[x] for x in words if x in COMMANDS), command)
-            rest = shlex.join(x for x in words if x not in COMMANDS)
-            raise Failure(f"--{flag} is in the lab: python -m noprop_lab {command} {rest}")
     given = read_flags(arguments, Options, Config)
     bare = not given.keys() & {"evaluate", "predict", "resume"}
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}

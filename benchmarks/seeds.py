@@ -74,8 +74,9 @@ def network_of(folder: Path) -> noprop.NoProp:
 def command(flags: list[str], folder: Path) -> list[str]:
     """A run with these flags: of noprop_example.py, or of the lab where a flag is the lab's."""
     start, searches = [noprop.__file__], "--run-hpo" in flags
-    text = " ".join([*flags, ""]).replace("=", " ")
-    if any(f"--{flag} " in text for flag in noprop.MOVED):
+    try:
+        noprop.read_flags(flags, noprop.Options, noprop.Config)
+    except noprop.Failure:  # a flag, or a choice, that the script does not have
         start = ["-m", "noprop_lab", "search" if searches else "train"]
         flags = [flag for flag in flags if flag != "--run-hpo"]
     if not searches:  # a search goes on by itself

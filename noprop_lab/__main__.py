@@ -38,6 +38,7 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     demo [CHECKPOINT] [flags]         a page on which one draws a digit and sees the label emerge
 
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
+COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 
 
 def translated(command: str, arguments: list[str]) -> list[str]:
@@ -311,8 +312,8 @@ def execute(arguments: list[str]) -> int:
         say(USAGE, file=sys.stdout if helps else sys.stderr)
         return 0 if helps else 2
     with parallel.processes(), told_once():
-        for flag in {x.split("=")[0].replace("_", "-") for x in rest} & noprop.COMMANDS.keys():
-            raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
+        for flag in {x.split("=")[0].replace("_", "-") for x in rest} & COMMANDS.keys():
+            raise Failure(f"{flag} is a command: python -m noprop_lab {COMMANDS[flag]} ...")
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")
         if command == "merge":

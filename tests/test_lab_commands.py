@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,60 +29,57 @@ def quick():
 # --- Commands and settings ---------------------------------------------------------------------------------
 
 PARTS = LabConfig(blocks="1-2", embedding="fixed", select="last")
-OLD_COMMANDS = {  # flags of version 1: what they mean
-    "--objective dt": DTConfig(),
-    "--objective=backprop": BackpropConfig(),
-    "--preset paper": DTConfig.paper(),
-    "--preset paper --num-blocks 4": DTConfig.paper(num_blocks=4),
-    "--preset paper --objective backprop": BackpropConfig.paper(),
-    "--dataset fashion_mnist": LabConfig(dataset="fashion_mnist", num_blocks=3, block="deep", epochs=24),
-    "--dataset kmnist --epochs 3": LabConfig(dataset="kmnist", epochs=3),
-    "--dataset folder": LabConfig(dataset="folder", classes=("a", "b", "c")),
-    "--dataset folder --classes c a": LabConfig(dataset="folder", classes=("c", "a")),
-    "--dataset folder --image-size 40": LabConfig(dataset="folder", classes=("a", "b", "c"), image_size=40),
-    "--blocks 1-2 --embedding fixed": PARTS,
-    "--embedding-from F": LabConfig(embedding="fixed"),
-    "--embedding-from F --blocks 1-2": PARTS,
-    "--classify z": LabConfig(classify="z"),
-    "--embedding onehot": LabConfig(embedding="onehot"),
-    "--embedding prototype --objective dt": DTConfig(embedding="prototype"),
-    "--block paper --target classes": LabConfig(block="paper", target="classes"),
-    "--run-hpo --hpo-storage sqlite:///x.db": LabConfig(),
-    "--run-hpo --objective dt --hpo-trials 3": DTConfig(),
-    "--evaluate F --early-exit 0.5": LabConfig(num_blocks=3, embed_dim=20),
-    "--predict F a.png b.png --early-exit 0.5": LabConfig(num_blocks=3, embed_dim=20),
+COMMANDS = {  # what they mean
+    "train --objective dt": DTConfig(),
+    "train --objective=backprop": BackpropConfig(),
+    "train --preset paper": DTConfig.paper(),
+    "train --preset paper --num-blocks 4": DTConfig.paper(num_blocks=4),
+    "train --preset paper --objective backprop": BackpropConfig.paper(),
+    "train --dataset fashion_mnist": LabConfig(
+        dataset="fashion_mnist", num_blocks=3, block="deep", epochs=24
+    ),
+    "train --dataset kmnist --epochs 3": LabConfig(dataset="kmnist", epochs=3),
+    "train --dataset folder": LabConfig(dataset="folder", classes=("a", "b", "c")),
+    "train --dataset folder --classes c a": LabConfig(dataset="folder", classes=("c", "a")),
+    "train --dataset folder --image-size 40": LabConfig(
+        dataset="folder", classes=("a", "b", "c"), image_size=40
+    ),
+    "train --blocks 1-2 --embedding fixed": PARTS,
+    "train --embedding-from F": LabConfig(embedding="fixed"),
+    "train --embedding-from F --blocks 1-2": PARTS,
+    "train --classify z": LabConfig(classify="z"),
+    "train --embedding onehot": LabConfig(embedding="onehot"),
+    "train --embedding prototype --objective dt": DTConfig(embedding="prototype"),
+    "train --block paper --target classes": LabConfig(block="paper", target="classes"),
+    "search --hpo-storage sqlite:///x.db": LabConfig(),
+    "search --objective dt --hpo-trials 3": DTConfig(),
+    "evaluate F --early-exit 0.5": LabConfig(num_blocks=3, embed_dim=20),
+    "predict F a.png b.png --early-exit 0.5": LabConfig(num_blocks=3, embed_dim=20),
 }
 
 
-@pytest.mark.parametrize("old", OLD_COMMANDS)
-def test_every_command_of_version_1_has_a_new_form_that_means_the_same(old, tmp_path, monkeypatch, capsys):
-    """It is the one that the script names where it refuses the old form."""
+@pytest.mark.parametrize("line", COMMANDS)
+def test_what_a_command_means(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     untrained(tmp_path).rename("F")
     for name in "abc":
         (tmp_path / "data" / name).mkdir(parents=True)
-    arguments = [*old.split(), *(["--data-root=data"] if "folder" in old else [])]
-    assert noprop.main(arguments) == 2
-    new = re.search(r"python -m noprop_lab (\w+) (.*)", capsys.readouterr().err)
-    config, options, content = lab.read_command_line(new[1], shlex.split(new[2]))
-    assert config == OLD_COMMANDS[old]
-    command = {"--run-hpo": "search", "--evaluate": "evaluate", "--predict": "predict"}
-    assert new[1] == command.get(arguments[0], "train")
-    assert (content is not None) == (new[1] in ("evaluate", "predict"))
-    assert options.run_hpo == (new[1] == "search") and options.resume is False
-    assert str(options.evaluate) == ("F" if new[1] == "evaluate" else "None")
-    assert [str(x) for x in options.predict] == (["F", "a.png", "b.png"] if new[1] == "predict" else [])
-    assert options.early_exit == (0.5 if "--early-exit" in old else 1)
-    assert options.hpo_storage == ("sqlite:///x.db" if "--hpo-storage" in old else None)
-    assert str(options.embedding_from) == ("F" if "--embedding-from" in old else "None")
+    command, *arguments = line.split() + ["--data-root=data"] * ("folder" in line)
+    config, options, content = lab.read_command_line(command, arguments)
+    assert config == COMMANDS[line]
+    assert (content is not None) == (command in ("evaluate", "predict"))
+    assert options.run_hpo == (command == "search") and options.resume is False
+    assert str(options.evaluate) == ("F" if command == "evaluate" else "None")
+    assert [str(x) for x in options.predict] == (["F", "a.png", "b.png"] if command == "predict" else [])
+    assert options.early_exit == (0.5 if "--early-exit" in line else 1)
+    assert options.hpo_storage == ("sqlite:///x.db" if "--hpo-storage" in line else None)
+    assert str(options.embedding_from) == ("F" if "--embedding-from" in line else "None")
 
 
-def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):
-    assert noprop.main(["--merge", "a.pt", "b.pt", f"--output-dir={tmp_path}"]) == 2
-    new = re.search(r"python -m noprop_lab (.*)", capsys.readouterr().err)[1]
+def test_merge_gets_its_files(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(parts, "merge", lambda paths, options, *_: given.append((paths, options)) or 0)
-    assert lab.main(shlex.split(new)) == 0
+    assert lab.main(["merge", "a.pt", "b.pt", f"--output-dir={tmp_path}"]) == 0
     [(paths, options)] = given
     assert [str(x) for x in paths] == ["a.pt", "b.pt"] and options.output_dir == tmp_path
 
