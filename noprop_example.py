@@ -333,17 +333,22 @@ class Checked:
     """Settings of the types they say. Numbers are finite: ints (but for the seed) >= 1, floats >= 0."""
 
     def __post_init__(self):
-        """Raises Failure for a setting that can't be, naming it."""
+        for wrong, fault in self.faults():
+            if wrong:
+                raise Failure(fault)
+
+    def faults(self) -> Iterator[tuple[Any, str]]:
+        """What can be wrong: whether it is, and the line that says so, which names the setting."""
         kinds = get_type_hints(type(self))
-        for name, value in [(field.name, getattr(self, field.name)) for field in fields(self)]:
+        for name, value in vars(self).items():
             try:
                 check_type(value, kinds[name])
             except TypeCheckError as error:
-                raise Failure(f"{name} can't be {value!r}: {Failure(error)}") from error
+                yield True, f"{name} can't be {value!r}: {Failure(error)}"
             least = int(kinds[name] in (int, int | None) and name != "seed")
             number = isinstance(value, int | float) and kinds[name] is not bool
-            if number and (isinstance(value, bool) or not least <= value <= sys.float_info.max):
-                raise Failure(f"{name} must be at least {least}, and finite, not {value}")
+            wrong = number and (isinstance(value, bool) or not least <= value <= sys.float_info.max)
+            yield wrong, f"{name} must be at least {least}, and finite, not {value}"
 
 
 @dataclass(frozen=True)
@@ -388,19 +393,14 @@ class Config(Checked):
     learns_embedding = property(lambda self: self.embedding != "fixed")
     saved = asdict  # the fields, as they are in a checkpoint and in a JSON file
 
-    def __post_init__(self):
-        """Raises Failure for what can't be."""
-        super().__post_init__()
-        for holds, rule in (
-            (self.batch_size >= 2, "batch_size must be at least 2"),
-            (self.eta_min <= self.lr, f"eta_min must be lr ({self.lr}) at most, not {self.eta_min}"),
-            (self.ema_decay < 1, f"ema_decay must be below 1, not {self.ema_decay}"),
-            (self.dim >= self.num_classes, f"embed_dim must be at least {self.num_classes}, a row a class"),
-            (self.eta_loss_weight or self.lambda_global, "both weights of the blocks' loss are 0"),
-            (not self.temperature or self.weights != "equal", "a temperature samples: it takes weights ddpm"),
-        ):
-            if not holds:
-                raise Failure(rule)
+    def faults(self):
+        yield from super().faults()
+        yield self.batch_size < 2, "batch_size must be at least 2"
+        yield self.eta_min > self.lr, f"eta_min must be lr ({self.lr}) at most, not {self.eta_min}"
+        yield self.ema_decay >= 1, f"ema_decay must be below 1, not {self.ema_decay}"
+        yield self.dim < self.num_classes, f"embed_dim must be at least {self.num_classes}, a row a class"
+        yield self.eta_loss_weight == self.lambda_global == 0, "both weights of the blocks' loss are 0"
+        yield self.temperature and self.weights == "equal", "a temperature samples: it takes weights ddpm"
 
     @classmethod
     def accurate(cls, **changes) -> Config:
@@ -436,13 +436,14 @@ class Options(Checked):
     hpo_trials: int = 60  # trials of the search, those of earlier calls included
     hpo_epochs: int = 3  # epochs of a trial
 
-    def __post_init__(self):
-        super().__post_init__()
-        if sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume))) > 1:
-            raise Failure("choose one of evaluate, predict, run_hpo and resume")
-        named = [x.name for x in fields(self) if "hpo_" in x.name and getattr(self, x.name) != x.default]
-        if named and not self.run_hpo:
-            raise Failure(f"{named[0]} is of a search: leave it out")
+    def faults(self):
+        yield from super().faults()
+        chosen = sum(map(bool, (self.evaluate, self.predict, self.run_hpo, self.resume)))
+        yield chosen > 1, "choose one of evaluate, predict, run_hpo and resume"
+        yield len(self.predict) == 1, "predict takes a checkpoint and then at least one image file"
+        for field in () if self.run_hpo else fields(self):
+            named = "hpo_" in field.name and getattr(self, field.name) != field.default
+            yield named, f"{field.name} is of a search: leave it out"
 
     def checkpoint(self, config: Config) -> Path:
         """Where a run with that config keeps its network."""
@@ -1334,8 +1335,6 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
     options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
     path, start = options.evaluate or [*options.predict, options.checkpoint(Config())][0], start_of(options)
-    if len(options.predict) == 1:
-        raise Failure("--predict takes a checkpoint and then at least one image file")
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         free = {"temperature", "weights"} if options.evaluate else {"epochs"} if options.resume else ()
         return over_checkpoint(content := read_checkpoint(path), start, given, free), options, content

@@ -65,8 +65,6 @@ def read_command_line(
         read(["--help"], CONFIGS[named or "hybrid"], LabOptions)
     arguments = translated(command, arguments)
     options = LabOptions(**read(arguments, LabOptions, rest=[]))
-    if command == "predict" and len(options.predict) < 2:
-        raise Failure("predict takes a checkpoint and then at least one image file")
     path = checkpoint_of(options)
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content = read_checkpoint(path)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noprop_example import Failure, NoProp, Split, State, draw_denoising, generator
+from noprop_example import NoProp, Split, State, draw_denoising, generator
 from noprop_lab.cascade import Answers
 from noprop_lab.dt import paper_recipe, seed_dropout
 from noprop_lab.settings import WholeConfig
@@ -34,10 +34,10 @@ class BackpropConfig(WholeConfig):
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global")
     FREE = ("temperature",)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.weights != "learned" and (self.temperature or self.classify == "z"):
-            raise Failure("without --weights learned, backprop takes no temperature, and no classify z")
+    def faults(self):
+        yield from super().faults()
+        other = self.weights != "learned" and (self.temperature or self.classify == "z")
+        yield other, "without --weights learned, backprop takes no temperature, and no classify z"
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> BackpropConfig:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noprop_example import Failure, NoProp, Split, State, draw_denoising
+from noprop_example import NoProp, Split, State, draw_denoising
 from noprop_lab.dt import seed_dropout
 from noprop_lab.settings import LabConfig
 
@@ -47,11 +47,9 @@ class CascadeConfig(LabConfig):
     together = "blocks of a cascade learn from those before them"
     views = property(lambda self: self.num_blocks if self.own_views else 1)
 
-    def __post_init__(self):
-        """Raises Failure for what does not go together."""
-        super().__post_init__()
-        if self.own_views and not self.augment:
-            raise Failure("own_views are augmented: leave out no_augment")
+    def faults(self):
+        yield from super().faults()
+        yield self.own_views and not self.augment, "own_views are augmented: leave out no_augment"
 
 
 class CascadeBlock(nn.Module):

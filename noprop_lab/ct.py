@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noprop_example import Failure, noisy_label, reverse_steps, send
+from noprop_example import noisy_label, reverse_steps, send
 from noprop_lab.dt import seed_dropout
 from noprop_lab.flows import Flow, FlowConfig, paper_setting, stratified
 
@@ -38,14 +38,13 @@ class CTConfig(FlowConfig):
 
     WITHOUT_EFFECT = (*FlowConfig.WITHOUT_EFFECT, "classify")
 
-    def __post_init__(self):
-        super().__post_init__()
-        ends = [f"alpha_bar_{name}" for name in ("start", "end")]
-        low, high = (getattr(self, name) for name in ends)
-        if not (0 < low < high < 1 and log_odds(high) - log_odds(low) > 1):
-            raise Failure(f"{ends[0]} must be well below {ends[1]}, both inside (0, 1), not {low} and {high}")
-        if self.eta_loss_weight == 0:
-            raise Failure("the weight of the network's loss is 0: it would learn nothing")
+    def faults(self):
+        yield from super().faults()
+        low, high = self.alpha_bar_start, self.alpha_bar_end
+        apart = 0 < low < high < 1 and log_odds(high) - log_odds(low) > 1
+        ends = "alpha_bar_start must be well below alpha_bar_end, both inside (0, 1)"
+        yield not apart, f"{ends}, not {low} and {high}"
+        yield self.eta_loss_weight == 0, "the weight of the network's loss is 0: it would learn nothing"
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> CTConfig:

@@ -49,10 +49,9 @@ class DTConfig(LabConfig):
     WITHOUT_EFFECT = ("lambda_global",)
     together = property(lambda self: "blocks take turns without --updates last" * (self.updates == "each"))
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.eta_loss_weight == 0:
-            raise Failure("the weight of the blocks' loss is 0: they would learn nothing")
+    def faults(self):
+        yield from super().faults()
+        yield self.eta_loss_weight == 0, "the weight of the blocks' loss is 0: they would learn nothing"
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> DTConfig:

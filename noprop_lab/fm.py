@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noprop_example import Failure
 from noprop_lab.dt import seed_dropout
 from noprop_lab.flows import Flow, FlowConfig, paper_setting, stratified
 
@@ -30,12 +29,10 @@ class FMConfig(FlowConfig):
 
     WITHOUT_EFFECT = (*FlowConfig.WITHOUT_EFFECT, "eta_loss_weight")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.classify == "classifier" and not self.learns_embedding:
-            raise Failure(
-                f"only a learned embedding has a classifier, not {self.embedding}: leave classify out"
-            )
+    def faults(self):
+        yield from super().faults()
+        without = self.classify == "classifier" and not self.learns_embedding
+        yield without, f"only a learned embedding has a classifier, not {self.embedding}: leave classify out"
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> FMConfig:

@@ -61,31 +61,29 @@ class LabConfig(Config):
     views = 1  # of each image, that a step takes
 
     def __post_init__(self):
-        """Raises Failure for what does not go together."""
         if isinstance(self.classes, list):  # as a file has it
             object.__setattr__(self, "classes", tuple(self.classes))
         super().__post_init__()
-        if self.embed_dim not in (None, self.dim):
-            raise Failure(f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out")
-        if self.embed_scale == 0:
-            raise Failure("embed_scale 0 makes all labels the same")
-        if self.image_size < 28:
-            raise Failure(f"image_size must be at least 28, not {self.image_size}")
-        if self.image_size != LabConfig.image_size and self.dataset != "folder":
-            raise Failure("image_size is of dataset folder: the others have a size of their own")
-        if (self.classes and self.dataset != "folder") or len(set(self.classes)) < len(self.classes):
-            raise Failure("classes are those of dataset folder, each of them once")
-        if self.all_images and self.select != "last":
-            raise Failure("all_images leaves none to select by: it takes select last")
-        if self.mirror and self.dataset != "folder":
-            raise Failure("mirror is of dataset folder: the others know whether a mirror image is as good")
+
+    def faults(self):
+        yield from super().faults()
+        own, other = self.embed_dim in (None, self.dim), self.dataset != "folder"
+        yield not own, f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out"
+        yield self.embed_scale == 0, "embed_scale 0 makes all labels the same"
+        yield self.image_size < 28, f"image_size must be at least 28, not {self.image_size}"
+        sized, twice = self.image_size != LabConfig.image_size, len(set(self.classes)) < len(self.classes)
+        yield other and sized, "image_size is of dataset folder: the others have a size of their own"
+        yield (other and self.classes) or twice, "classes are those of dataset folder, each of them once"
+        all_images = self.all_images and self.select != "last"
+        yield all_images, "all_images leaves none to select by: it takes select last"
+        mirror = "mirror is of dataset folder: the others know whether a mirror image is as good"
+        yield other and self.mirror, mirror
         for field in fields(self):
-            if field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default:
-                raise Failure(f"{field.name} has no effect on this objective: leave it out")
-        if self.blocks and self.together:
-            raise Failure(f"{self.together}: leave out blocks")
-        if self.blocks and not self.own_blocks:  # which refuses what can't be read
-            raise Failure(f"blocks must name blocks, not {self.blocks}")
+            idle = field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default
+            yield idle, f"{field.name} has no effect on this objective: leave it out"
+        yield self.blocks and self.together, f"{self.together}: leave out blocks"
+        unread = self.blocks and not self.own_blocks  # which itself refuses what can't be read
+        yield unread, f"blocks must name blocks, not {self.blocks}"
 
     @property
     def dim(self) -> int:
@@ -184,18 +182,16 @@ class LabOptions(Options):
         """The objective that the flags name: --preset paper is a setting of dt."""
         return self.objective or ("dt" if self.preset == "paper" else None)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.early_exit <= 1:
-            raise Failure(f"early_exit must be above 0, at most 1, not {self.early_exit}")
-        if self.early_exit < 1 and not (self.evaluate or self.predict):
-            raise Failure("early_exit goes with evaluate or predict")
-        if self.run_hpo and self.embedding_from:
-            raise Failure("--embedding-from is of training: a search has the embedding that it starts from")
-        if self.graphs and (self.evaluate or self.predict):
-            raise Failure("--graphs is of training: leave it out")
-        if self.blocks and (self.run_hpo or self.evaluate or self.predict):
-            raise Failure(f"search, evaluate and predict take all blocks, not {self.blocks} alone")
+    def faults(self):
+        yield from super().faults()
+        asks, early = self.evaluate or self.predict, self.early_exit
+        yield not 0 < early <= 1, f"early_exit must be above 0, at most 1, not {early}"
+        yield early < 1 and not asks, "early_exit goes with evaluate or predict"
+        embedding = "--embedding-from is of training: a search has the embedding that it starts from"
+        yield self.run_hpo and self.embedding_from, embedding
+        yield self.graphs and asks, "--graphs is of training: leave it out"
+        whole = f"search, evaluate and predict take all blocks, not {self.blocks} alone"
+        yield self.blocks and (self.run_hpo or asks), whole
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,7 @@ class DemoOptions(Checked):
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     early_exit: float = 0.99  # the block is marked after which a class is more probable
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.port > 65535 or not 0 < self.early_exit <= 1:
-            raise Failure("port must be at most 65535, and early_exit above 0, at most 1")
+    def faults(self):
+        yield from super().faults()
+        yield self.port > 65535, "port must be at most 65535"
+        yield not 0 < self.early_exit <= 1, "early_exit must be above 0, at most 1"

@@ -146,7 +146,7 @@ def test_what_the_page_can_not_show_is_refused(tmp_path, capsys):
     refused(capsys, 2, ["demo", str(tmp_path / "none.pt")], "cannot read")
     refused(capsys, 2, ["demo", "--device", "no"], "--device no can't be used here")
     refused(capsys, 2, ["demo", "--port", "70000"], "port must be at most 65535")
-    refused(capsys, 2, ["demo", "--early-exit", "1.5"], "early_exit above 0, at most 1")
+    refused(capsys, 2, ["demo", "--early-exit", "1.5"], "early_exit must be above 0, at most 1")
 
 
 def test_without_temperature_nothing_is_sampled_of_no_network(tmp_path, monkeypatch):
