@@ -51,7 +51,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -1275,6 +1275,17 @@ def start_of(options: Options) -> Config:
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
 
 
+def argument(hint: Any, default: Any) -> dict[str, Any]:
+    """How argparse reads a field of that type, and shows it."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if "Literal" in str(hint):
+        return {"choices": sorted(re.findall("'(.+?)'", str(hint)), key=lambda x: x != default)}
+    kind = next((x for x in (Path, int, float) if x.__name__ in str(hint)), str)
+    shown = kind.__name__.upper() if default in (None, ()) or kind is Path else str(default)
+    return {"type": kind, "metavar": shown, "nargs": "+" if "tuple" in str(hint) else None}
+
+
 def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", rest=None) -> dict[str, Any]:
     """What the command line gives, by fields of these dataclasses; exits after --help. Raises Failure.
 
@@ -1287,23 +1298,17 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
     about = "NoProp, see README.md. Flags are shown with defaults; of choices, the first is the default."
     form, flags, groups = partial(argparse.HelpFormatter, max_help_position=40), [], {}
-    parser = argparse.ArgumentParser(prog, f"{prog} [flags]", about, formatter_class=form, allow_abbrev=False)
-    parser.error, parser.conflict_handler = fail, "resolve"  # a subclass may define a field anew
-    for kind in (kind for last in kinds for kind in reversed(last.__mro__) if is_dataclass(kind)):
-        hints = get_type_hints(kind)
-        for title, name, comment in re.findall(SETTING, source_of(kind), re.MULTILINE):
+    how = dict(formatter_class=form, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    how |= {"conflict_handler": "resolve"}  # a subclass may define a field anew
+    parser = argparse.ArgumentParser(prog, f"{prog} [flags]", about, **how)
+    parser.error = fail
+    for kind in kinds:
+        hints, source = get_type_hints(kind), "".join(map(source_of, reversed(kind.__mro__[:-1])))
+        for title, name, comment in re.findall(SETTING, source, re.MULTILINE):
             if title:
                 group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-            if name:
-                default, hint = getattr(kind, name), str(hints[name])
-                base = next((x for x in (Path, int, float) if x.__name__ in hint), str)
-                choices = re.findall("'(.+?)'", hint) if "Literal" in hint else []
-                shown = base.__name__.upper() if default in (None, ()) or base is Path else str(default)
-                how = {"metavar": shown, "type": base} | ({"nargs": "+"} if "tuple" in hint else {})
-                first = sorted(choices, key=lambda x, default=default: x != default)
-                how = {"choices": first} if choices else how
-                how = {"action": argparse.BooleanOptionalAction} if hints[name] is bool else how
-                how |= {"default": argparse.SUPPRESS, "help": comment.replace("%", "%%")}
+            else:
+                how = {"help": comment.replace("%", "%%")} | argument(hints[name], getattr(kind, name))
                 flags += group.add_argument(f"--{name.replace('_', '-')}", **how).option_strings
     arguments = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), x) for x in arguments]
     home = ["=".join(map(os.path.expanduser, argument.split("=", 1))) for argument in arguments]
