@@ -1323,8 +1323,8 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
 def over_checkpoint(content, start: Config, given: dict[str, Any], free) -> Config:
     """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
-    saved, plain = content["config"], type(start)()
-    given = {name: x for name, x in vars(start).items() if x != vars(plain)[name]} | given
+    saved = content["config"]
+    given = {name: x for name, x in vars(start).items() if x != getattr(type(start), name)} | given
     for name, value in given.items():
         there = getattr(saved, name)
         if value != there and (name not in free or (name == "epochs" and value < there)):
@@ -1339,24 +1339,27 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     bare = not given.keys() & {"evaluate", "predict", "resume"}
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
     options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
-    path, start = options.evaluate or [*options.predict, options.checkpoint(Config())][0], start_of(options)
+    path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
-        free = {"temperature", "weights"} if options.evaluate else {"epochs"} if options.resume else ()
-        return over_checkpoint(content := read_checkpoint(path), start, given, free), options, content
+        content, free = read_checkpoint(path), {"epochs"} if options.resume else {"temperature", "weights"}
+        return over_checkpoint(content, start_of(options), given, free), options, content
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
             raise Failure(f"{other.name} is the lab's: python -m noprop_lab train --resume goes on with it")
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    return replace(start, **given), options, None
+    return replace(start_of(options), **given), options, None
 
 
-def print_accuracy(model: NoProp, found: dict[str, Any], images: int) -> None:
-    """The test accuracy of the network's answers, see NoProp.by_average; found: what evaluate() found."""
+def print_accuracy(model: NoProp, test: Split, threads: int) -> int:
+    """Print the test accuracy of the network's answers, see NoProp.by_average; returns the exit code."""
+    with workers(test.images.device, threads) as parallel:
+        found = evaluate(model, test, model.config, parallel)
     last, average = found["accuracy"][-1], model.by_average
     accuracy = found["average_accuracy"] if average else last
     more = f" by the blocks' average, {last:.2f} % by the last block" if average else ""
-    say(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, images):.2f} %{more}.")
+    say(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %{more}.")
+    return 0
 
 
 def execute(arguments: list[str]) -> int:
@@ -1370,10 +1373,7 @@ def execute(arguments: list[str]) -> int:
     model = build(config, device, content)
     if options.predict:
         return print_classes(lambda x: model.probabilities(x)[:, -1], options.predict[1:])
-    test = load_data(config, options.data_root, device).test
-    with workers(device, options.threads) as parallel:
-        print_accuracy(model, evaluate(model, test, config, parallel), len(test.labels))
-    return 0
+    return print_accuracy(model, load_data(config, options.data_root, device).test, options.threads)
 
 
 def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int] = execute) -> int:

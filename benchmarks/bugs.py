@@ -292,8 +292,8 @@ kept = self.selected_epoch and self.config.select == "validation"
     ),
     (
         "evaluate: validation in place of test",
-        "test = load_data(config, options.data_root, device).test",
-        "test = load_data(config, options.data_root, device).val",
+        "load_data(config, options.data_root, device).test",
+        "load_data(config, options.data_root, device).val",
     ),
     (
         "evaluate: images are augmented",

@@ -213,15 +213,12 @@ def end_of(config: LabConfig) -> Callable:
 def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """Print the test accuracy of a trained network, with the temperature and weights of the config."""
     test = load_data(config, options.data_root, device).test
-    if options.early_exit < 1:
-        probability, blocks = early_exit(model, test.images, options.early_exit)
-        accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
-        say(f"Early exit: {blocks.float().mean():.2f} of {len(model.blocks)} blocks an image.")
-        say(f"Test accuracy {accuracy:.2f} ± {noprop.standard_error(accuracy, len(test.labels)):.2f} %.")
-    else:
-        with noprop.workers(device, options.threads) as pool:
-            found = noprop.evaluate(model, test, config, pool)
-        noprop.print_accuracy(model, found, len(test.labels))
+    if options.early_exit == 1:
+        return noprop.print_accuracy(model, test, options.threads)
+    probability, blocks = early_exit(model, test.images, options.early_exit)
+    accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
+    say(f"Early exit: {blocks.float().mean():.2f} of {len(model.blocks)} blocks an image.")
+    say(f"Test accuracy {accuracy:.2f} ± {noprop.standard_error(accuracy, len(test.labels)):.2f} %.")
     return 0
 
 
