@@ -1387,8 +1387,6 @@ def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int]
         return getattr(error, "code", 3)
     except SystemExit as stop:  # of --help, or of a search
         return int(stop.code or 0)
-    except BrokenPipeError:  # of the help text
-        return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (MemoryError, torch.OutOfMemoryError):
