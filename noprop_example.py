@@ -1316,7 +1316,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     if rest is not None:
         rest += unknown
     elif unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.8)
         fail(f"{unknown[0]} is no flag here" + (f", is {near[0]} meant?" if near else ""))
     return {name: tuple(x) if isinstance(x, list) else x for name, x in vars(found).items()}
 
