@@ -1230,7 +1230,6 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
     data, path = load_data(config, options.data_root, device), options.output_dir / "noprop_hpo.db"
     url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
-    url = url.replace("{", "{{").replace("}", "}}")  # Optuna fills in templates
 
     def objective(trial) -> float:
         trial.set_user_attr("settings", settings := suggest(trial))

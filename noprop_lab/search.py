@@ -51,7 +51,7 @@ def storage_of(options: LabOptions, heartbeat: int, grace: int):
     sqlite = url.get_backend_name() == "sqlite"
     make = partial(
         optuna.storages.RDBStorage,
-        url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+        url.render_as_string(hide_password=False),
         engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {},
         heartbeat_interval=heartbeat,
         grace_period=grace,
