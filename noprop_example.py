@@ -1054,26 +1054,25 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     path, digest, saved = options.checkpoint(state.config), data.digest(), time.monotonic()
     steps = state.config.epochs * (len(data.train.labels) // state.config.batch_size)
     bar = tqdm(total=steps, initial=state.step, file=sys.stdout, disable=None, unit="step", leave=False)
-    for record in train(state, data, step, options.threads, steps_too=True):
-        bar.update(state.step - bar.n)
-        stop = signalled()
-        if record or stop or time.monotonic() > saved + 60 * options.checkpoint_minutes:
-            state.save(path, digest)
-            saved = time.monotonic()
-        if record:
-            bar.clear()
-            loss = np.mean([x for x in record["block_losses"] if x] or 0)  # 0: a block is trained elsewhere
-            val, test = (record[f"{x}_accuracy"] or math.nan for x in ("val", "test"))
-            say(
-                f"epoch {record['epoch']:>3}/{state.config.epochs}  loss of blocks {loss:.4f}, "
-                f"classifier {record['classifier_loss']:.4f}  validation {val:.2f} %, test {test:.2f} %  "
-                f"lr {state.lr:.6f}  {state.seconds:.0f} s"
-            )
-        if stop and not state.finished():
-            bar.close()
-            say(f"Stopped after step {state.step} of {steps}; the same with --resume goes on.")
-            return 128 + stop
-    bar.close()
+    with bar:
+        for record in train(state, data, step, options.threads, steps_too=True):
+            bar.update(state.step - bar.n)
+            stop = signalled()
+            if record or stop or time.monotonic() > saved + 60 * options.checkpoint_minutes:
+                state.save(path, digest)
+                saved = time.monotonic()
+                bar.clear()
+            if record:
+                loss = np.mean([x for x in record["block_losses"] if x] or 0)  # 0: it is trained elsewhere
+                val, test = (record[f"{x}_accuracy"] or math.nan for x in ("val", "test"))
+                say(
+                    f"epoch {record['epoch']:>3}/{state.config.epochs}  loss of blocks {loss:.4f}, "
+                    f"classifier {record['classifier_loss']:.4f}  validation {val:.2f} %, test {test:.2f} %  "
+                    f"lr {state.lr:.6f}  {state.seconds:.0f} s"
+                )
+            if stop and not state.finished():
+                say(f"Stopped after step {state.step} of {steps}; the same with --resume goes on.")
+                return 128 + stop
     return 0
 
 
