@@ -1153,34 +1153,42 @@ def suggest(trial) -> dict[str, Any]:
     }
 
 
-def short_training(trial, state, data, options, signalled, step=train_step, cost=lambda x: x["val_loss"]):
-    """The cost of a trial, by its last record; it is pruned if others were better by then, or it diverges."""
-    from optuna import TrialPruned
+def short_training(config, records, signalled, suggest, trial, cost=lambda record: record["val_loss"]):
+    """The cost of a trial, by its last record; it is pruned if others were better by then, or it diverges.
 
+    records: of a config, what train() yields. Proposals are seeded by the trial's number: a search that goes
+    on makes the same, and two workers make others.
+    """
+    from optuna import TrialPruned, samplers
+
+    seed = generator(config.seed, "search", trial.number).initial_seed() % 2**32
+    trial.study.sampler = samplers.TPESampler(seed=seed)
+    trial.set_user_attr("settings", settings := suggest(trial))
     try:
-        for record in train(state, data, step, options.threads, steps_too=True):
+        for record in records(replace(config, **settings)):
             if number := signalled():
                 say("Stopped. The same command goes on.")
                 raise SystemExit(128 + number)  # Optuna takes no notice: the trial is running, and run again
             if record:
                 trial.set_user_attr("record", record)
                 trial.report(value := cost(record), record["epoch"])
-                if not math.isfinite(value) or (not state.finished() and trial.should_prune()):
+                if not math.isfinite(value) or (record["epoch"] < config.epochs and trial.should_prune()):
                     raise TrialPruned
     except FloatingPointError as error:
         raise TrialPruned from error
     return value
 
 
-def trial_line(trial) -> str:
+def print_trial(_study, trial) -> None:
     """Number, result and settings of a trial that has ended."""
     record = trial.user_attrs.get("record", {"val_loss": math.nan, "val_accuracy": math.nan, "epoch": 0})
     result = "loss {val_loss:.4f}, {val_accuracy:.2f} % after epoch {epoch}".format(**record)
-    settings = ", ".join(f"{name} {x:.3g}" for name, x in trial.params.items())
-    return f"trial {trial.number:>3} {trial.state.name.lower()}: validation {result}; {settings}"
+    shown = {name: f"{x:.3g}" if isinstance(x, float) else x for name, x in trial.params.items()}
+    settings = ", ".join(f"{name} {x}" for name, x in shown.items())
+    say(f"trial {trial.number:>3} {trial.state.name.lower()}: validation {result}; {settings}")
 
 
-def open_study(config: Config, options: Options, storage, suggest, judged_by: str = "loss"):
+def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     """The Optuna study of these settings, whose first trial is to have them as given. Raises Failure.
 
     Its name is a digest of what is fixed: in the same storage, a search with other settings is another study.
@@ -1191,59 +1199,40 @@ def open_study(config: Config, options: Options, storage, suggest, judged_by: st
     searched, given = suggest(probe := optuna.create_study().ask()), config.saved()
     if unknown := searched.keys() - given.keys():
         raise Failure(f"suggest() proposes what is no setting: {', '.join(unknown)}")
-    given |= {"epochs": options.hpo_epochs}
-    fixed = {k: x for k, x in given.items() if k not in searched} | probe.distributions, judged_by
-    study = optuna.create_study(
-        storage=storage,
-        study_name=hashlib.sha256(repr(fixed).encode()).hexdigest()[:16],
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(),  # learning curves keep their order: docs/search.md
-    )
-    first = {k: x for k, x in given.items() if k in probe.distributions}
-    first = {k: x for k, x in first.items() if x in getattr(probe.distributions[k], "choices", [x])}
+    spaces = probe.distributions
+    fixed = {k: x for k, x in given.items() if k not in searched} | spaces, judged_by
+    name = hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]
+    pruner = optuna.pruners.MedianPruner()  # learning curves keep their order: docs/search.md
+    study = optuna.create_study(storage=storage, pruner=pruner, study_name=name, load_if_exists=True)
+    first = {k: x for k, x in given.items() if k in spaces and x in getattr(spaces[k], "choices", [x])}
     study.enqueue_trial(first, skip_if_exists=True)
     return study
-
-
-def next_trial(study, seed: int, objective: Callable[[Any], float]) -> None:
-    """Run a trial, print its result. It is seeded by its number: so two at the same instant differ."""
-    from optuna.samplers import TPESampler
-
-    def numbered(trial) -> float:
-        study.sampler = TPESampler(seed=generator(seed, "search", trial.number).initial_seed() % 2**32)
-        return objective(trial)
-
-    study.optimize(numbered, n_trials=1, callbacks=[lambda _, trial: say(trial_line(trial))])
-
-
-def trials_of(study, *states: str) -> list:
-    """The trials in these states. Those that count are COMPLETE or PRUNED."""
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in states]
 
 
 def search(config: Config, options: Options, device: torch.device) -> int:
     """Search with Optuna, train with the best settings; returns the exit code. No trial sees a test image."""
     from optuna.exceptions import OptunaError
+    from optuna.trial import TrialState
     from sqlalchemy import URL
     from sqlalchemy.exc import SQLAlchemyError
 
     data, path = load_data(config, options.data_root, device), options.output_dir / "noprop_hpo.db"
     url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
+    short = replace(config, epochs=options.hpo_epochs)
 
-    def objective(trial) -> float:
-        trial.set_user_attr("settings", settings := suggest(trial))
-        state = State(replace(config, epochs=options.hpo_epochs, **settings), device)
-        return short_training(trial, state, data._replace(test=None), options, signalled)
+    def records(config: Config) -> Iterator:
+        return train(State(config, device), data._replace(test=None), threads=options.threads, steps_too=True)
 
     with locked(options.output_dir), caught_signals() as signalled:
         try:
-            study = open_study(config, options, url, suggest)
-            for trial in trials_of(study, "RUNNING"):  # of a process that was stopped or killed
-                study.tell(trial.number, state=type(trial.state).FAIL)
+            study = open_study(short, url, suggest)
+            for trial in study.get_trials(states=[TrialState.RUNNING]):  # its process was stopped or killed
+                study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params)
-            while len(trials_of(study, "COMPLETE", "PRUNED")) < options.hpo_trials:
-                next_trial(study, config.seed, objective)
-            complete = trials_of(study, "COMPLETE")
+            done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
+            objective = partial(short_training, short, records, signalled, suggest)
+            study.optimize(objective, max(0, options.hpo_trials - done), callbacks=[print_trial])
+            complete = study.get_trials(states=[TrialState.COMPLETE])
         except (SQLAlchemyError, OptunaError) as error:
             raise Failure(f"{path}: {Failure(error)}", 1) from error
     if not complete:
@@ -1251,7 +1240,8 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     best = min(complete, key=lambda trial: trial.value)
     config = replace(config, **best.user_attrs["settings"])
     write_file(options.output_dir / "hpo_best.json", json.dumps(config.saved(), indent=1).encode())
-    say(f"\nThe best, now in hpo_best.json, and trained with:\n{trial_line(best)}\n")
+    say("\nThe best, now in hpo_best.json, and trained with:")
+    print_trial(study, best)
     there = {}
     with suppress(Failure):  # there is none, or it is damaged, or the lab's
         there = read_checkpoint(options.checkpoint(config))

@@ -380,10 +380,10 @@ FILES_AND_SEARCH = [
     ("digits must be light on dark", "ink = np.abs(gray -", "ink = np.maximum(0, gray -"),
     (
         "the search judges by test images",
-        "data._replace(test=None), options, signalled)",
-        "data._replace(val=data.test, test=None), options, signalled)",
+        "data._replace(test=None), threads",
+        "data._replace(val=data.test, test=None), threads",
     ),
-    ("the search never prunes", "or (not state.finished() and trial.should_prune())", ""),
+    ("the search never prunes", 'or (record["epoch"] < config.epochs and trial.should_prune())', ""),
     ("the search trains with the worst trial", "best = min(complete, key", "best = max(complete, key"),
     (
         "the search does not begin with the settings given",

@@ -122,12 +122,14 @@ class Worker:
     def __init__(self, config, options, data, new_state, storage, step=noprop.train_step):
         self.config, self.options, self.data = config, options, data._replace(test=None)
         self.new_state, self.step, self.suggest = new_state, step, space_of(config)
+        self.short = replace(config, epochs=options.hpo_epochs)
         warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
-        shared = replace(config, step_threads=1) if isinstance(config, WholeConfig) else config
-        self.study = noprop.open_study(shared, options, storage, self.suggest, options.hpo_objective)
+        shared = replace(self.short, step_threads=1) if isinstance(config, WholeConfig) else self.short
+        self.study = noprop.open_study(shared, storage, self.suggest, options.hpo_objective)
 
     def trials(self, *states: str) -> list:
-        return noprop.trials_of(self.study, *states)
+        """The trials in these states. Those that count are COMPLETE or PRUNED."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in states]
 
     def run(self, signalled: Callable[[], int]) -> None:
         """Run trials until the study has enough, whoever ran them. Raises SystemExit at a signal."""
@@ -137,7 +139,8 @@ class Worker:
             if time.monotonic() > deadline:
                 break
             try:
-                noprop.next_trial(self.study, self.config.seed, partial(self.trial, signalled=signalled))
+                trial = partial(self.trial, signalled=signalled)
+                self.study.optimize(trial, n_trials=1, callbacks=[noprop.print_trial])
             except (ValueError, UpdateFinishedTrialError) as error:  # Optuna raises either
                 if isinstance(error, ValueError) and not str(error).startswith("Cannot tell a FAIL trial"):
                     raise
@@ -145,16 +148,17 @@ class Worker:
 
     def trial(self, trial, signalled: Callable[[], int]) -> float:
         """The objective: a short training."""
-        trial.set_user_attr("settings", settings := self.suggest(trial))
-        state = self.new_state(replace(self.config, epochs=self.options.hpo_epochs, **settings))
         try:
-            return noprop.short_training(
-                trial, state, self.data, self.options, signalled, self.step, self.cost
-            )
+            return noprop.short_training(self.short, self.records, signalled, self.suggest, trial, self.cost)
         except SystemExit:
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             self.study.enqueue_trial(trial.params)  # at once, for whoever is there
             raise
+
+    def records(self, config: LabConfig) -> Iterator[dict[str, Any] | None]:
+        """What a trial's training yields."""
+        state, threads = self.new_state(config), self.options.threads
+        return noprop.train(state, self.data, self.step, threads, steps_too=True)
 
     def cost(self, record: dict[str, Any]) -> float:
         """What the search makes small, of an epoch's record."""
@@ -168,7 +172,8 @@ class Worker:
         best, folder = sorted(complete, key=lambda trial: trial.value)[:5], self.options.output_dir
         error = standard_error(best[0].user_attrs["record"]["val_accuracy"], len(self.data.val.labels))
         say(f"\nBest of {len(complete)} complete trials; {len(stopped)} more were stopped early:")
-        say(*map(noprop.trial_line, best), sep="\n")
+        for trial in best:
+            noprop.print_trial(self.study, trial)
         say(f"The standard error of an accuracy is {error:.2f} %: smaller differences are noise.")
         settings = best[0].user_attrs["settings"]
         with FileLock(folder / LOCK):  # others write the same files

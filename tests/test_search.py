@@ -129,30 +129,31 @@ def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path)
 
 def test_a_bad_trial_is_stopped_early_and_one_that_diverges_does_not_end_the_search(tmp_path, monkeypatch):
     """The sixth trial learns nothing, or diverges."""
-    rates, step = [0.01] * 5 + [1e-5], noprop.train_step
+    rates, train_block = [0.01] * 5 + [1e-5], noprop.train_block
 
     def suggest(trial):
         number = getattr(trial, "number", 0)
         return {"lr": rates[number], "weight_decay": trial.suggest_float("weight_decay", 0, 0.01)}
 
-    def poisoned(state, image, *rest):
-        return step(state, image * (math.nan if state.config.lr == 1e-5 else 1), *rest)
+    def poisoned(state, t, image, *rest):
+        return train_block(state, t, image * (math.nan if state.config.lr == 1e-5 else 1), *rest)
 
     monkeypatch.setattr(noprop, "suggest", suggest)
-    short = noprop.short_training
     for name, last in (("a", 1), ("b", None)):
         if name == "b":
-            monkeypatch.setattr(noprop, "short_training", partial(short, step=poisoned))
+            monkeypatch.setattr(noprop, "train_block", poisoned)
         assert search(tmp_path / name, hpo_epochs=2, hpo_trials=6, lr=0.01) == 0
         stopped = {x.number: x.last_step for x in trials(tmp_path / name) if x.state.name == "PRUNED"}
         assert stopped[5] == last
 
 
 def test_a_search_in_which_everything_diverges_says_so(tmp_path, monkeypatch, capsys):
-    def poisoned(state, image, *rest):
-        return noprop.train_step(state, image * math.nan, *rest)
+    train_block = noprop.train_block
 
-    monkeypatch.setattr(noprop, "short_training", partial(noprop.short_training, step=poisoned))
+    def poisoned(state, t, image, *rest):
+        return train_block(state, t, image * math.nan, *rest)
+
+    monkeypatch.setattr(noprop, "train_block", poisoned)
     fails(capsys, 3, flags(tmp_path), "no trial of the search is complete")
 
 

@@ -1,18 +1,22 @@
 """The steps of a search, one by one: its space, its first trial, when a trial is pruned."""
 
 import math
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from conftest import noprop
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FixedTrial, TrialState, create_trial
 
 
 class Trial:
     """What short_training() asks of a trial."""
 
+    number, study = 0, SimpleNamespace()
+
     def __init__(self, prune: bool = False):
-        self.prune, self.reported, self.user_attrs, self.params = prune, [], {}, {"lr": 0.5}
+        self.prune, self.reported, self.user_attrs = prune, [], {}
 
     def set_user_attr(self, name, value) -> None:
         self.user_attrs[name] = value
@@ -25,9 +29,11 @@ class Trial:
 
 
 def run(trial: Trial, data: noprop.Data, epochs: int, cost=lambda record: record["val_loss"]) -> float:
-    state = noprop.State(noprop.Config(num_blocks=1, batch_size=128, epochs=epochs))
-    options = noprop.Options(threads=1)
-    return noprop.short_training(trial, state, data, options, lambda: 0, cost=cost)
+    def records(config: noprop.Config):
+        return noprop.train(noprop.State(config), data, threads=1, steps_too=True)
+
+    config = noprop.Config(num_blocks=1, batch_size=128, epochs=epochs)
+    return noprop.short_training(config, records, lambda: 0, lambda trial: {}, trial, cost)
 
 
 def test_a_trial_reports_its_epochs_and_is_pruned_before_its_last_one_only(small_data):
@@ -46,15 +52,19 @@ def test_a_trial_reports_its_epochs_and_is_pruned_before_its_last_one_only(small
 
 def test_a_signal_ends_a_trial_after_the_step_not_after_the_epoch(small_data):
     state, trial = noprop.State(noprop.Config(num_blocks=1, batch_size=128, epochs=1)), Trial()
-    signals = iter([0, 15])
+    records, signals = noprop.train(state, small_data, threads=1, steps_too=True), iter([0, 15])
     with pytest.raises(SystemExit) as stop:
-        noprop.short_training(trial, state, small_data, noprop.Options(threads=1), lambda: next(signals))
+        noprop.short_training(state.config, lambda _: records, lambda: next(signals), lambda _: {}, trial)
     assert stop.value.code == 143 and state.step == 2 and not trial.reported
 
 
-def test_a_trial_without_an_epoch_has_a_line():
-    trial = create_trial(state=TrialState.FAIL, params={}, distributions={})
-    assert "fail: validation loss nan, nan % after epoch 0;" in noprop.trial_line(trial)
+def test_a_trial_without_an_epoch_has_a_line(capsys):
+    """And one of words."""
+    spaces = {"block": CategoricalDistribution(["small", "deep"]), "lr": FloatDistribution(0, 1)}
+    params = {"block": "deep", "lr": 0.01234567}
+    noprop.print_trial(None, create_trial(state=TrialState.FAIL, params=params, distributions=spaces))
+    expected = "fail: validation loss nan, nan % after epoch 0; block deep, lr 0.0123\n"
+    assert capsys.readouterr().out.endswith(expected)
 
 
 def test_the_search_space_holds_the_defaults_and_is_logarithmic():
@@ -72,20 +82,17 @@ def test_the_search_space_holds_the_defaults_and_is_logarithmic():
 
 def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tmp_path):
     url = f"sqlite:///{tmp_path / 'a.db'}"
-    first = noprop.open_study(noprop.Config(), noprop.Options(), url, noprop.suggest)
-    again = noprop.open_study(noprop.Config(), noprop.Options(), url, noprop.suggest)
+    first = noprop.open_study(noprop.Config(), url, noprop.suggest)
+    again = noprop.open_study(noprop.Config(), url, noprop.suggest)
     assert again.study_name == first.study_name and len(again.trials) == 1  # the settings as given, once
     waiting = again.trials[0].system_attrs["fixed_params"]
     assert waiting == {name: noprop.Config().saved()[name] for name in waiting} and len(waiting) == 5
-    for config, options in (
-        (noprop.Config(num_blocks=9), noprop.Options()),
-        (noprop.Config(), noprop.Options(hpo_epochs=2, run_hpo=True)),
-    ):
-        assert noprop.open_study(config, options, url, noprop.suggest).study_name != first.study_name
-    same = noprop.open_study(noprop.Config(lr=0.02), noprop.Options(), url, noprop.suggest)
+    for config in (noprop.Config(num_blocks=9), noprop.Config(epochs=2)):
+        assert noprop.open_study(config, url, noprop.suggest).study_name != first.study_name
+    same = noprop.open_study(noprop.Config(lr=0.02), url, noprop.suggest)
     assert same.study_name == first.study_name  # what is searched for may start elsewhere
     with pytest.raises(noprop.Failure, match="no setting: speed"):
-        noprop.open_study(noprop.Config(), noprop.Options(), url, lambda trial: {"speed": 1})
+        noprop.open_study(noprop.Config(), url, lambda trial: {"speed": 1})
 
 
 @pytest.mark.slow

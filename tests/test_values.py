@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -465,10 +466,15 @@ def test_trials_differ_and_a_search_that_goes_on_proposes_the_same():
     """By the seed and the trial's number."""
     import optuna
 
+    def suggest(trial) -> dict:
+        return {"lr": trial.suggest_float("x", 0, 1)}
+
+    def records(config: noprop.Config) -> list[dict]:
+        return [{"val_loss": config.lr, "epoch": config.epochs}]
+
     def proposed(seed: int, trials: int = 8, study=None) -> list[float]:
-        study = study or optuna.create_study()
-        for _ in range(trials):
-            noprop.next_trial(study, seed, lambda trial: trial.suggest_float("x", 0, 1))
+        study, config = study or optuna.create_study(), noprop.Config(seed=seed)
+        study.optimize(partial(noprop.short_training, config, records, lambda: 0, suggest), trials)
         return [trial.params["x"] for trial in study.trials]
 
     first = proposed(0)
