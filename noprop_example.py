@@ -610,7 +610,7 @@ class State:
             self.tensors[name] = [averaged.detach(), *statistics[0]], [vector.detach(), *statistics[1]]
             self.parts[name], self.holders[name] = vector, (*both, optimizer)
         self.step, self.lr, self.seconds, self.selected_epoch, self.by_average = 0, 0.0, 0.0, 0, False
-        self.history, self.selected = [], self.averaged.state_dict()
+        self.history, self.selected, self.started = [], self.averaged.state_dict(), time.perf_counter()
         self.log: list[Tensor] = []  # a row a step of this epoch: losses, then gradient norms
 
     def update(self, name: str, lr: float) -> Tensor:
@@ -676,14 +676,20 @@ class State:
         torch.save(content, file := io.BytesIO())
         write_file(path, file.getvalue())
 
-    def load_state_dict(self, training: dict[str, Any], selected: dict[str, Tensor]) -> None:
-        """Go on from what save() wrote."""
+    def resume(self, content: dict[str, Any], digest: str) -> None:
+        """Go on from what save() wrote, with the same images. Raises Failure."""
+        if content.get("data") != digest:
+            raise Failure(
+                f"{content['path']} was trained on other images, or holds weights alone: train anew"
+            )
+        if content["made_with"] != made_with(self.device):
+            say(f"It won't be exact to the bit: {content['made_with']} is now {made_with(self.device)}.")
         for name in self.parts:
-            self.load_part_state(name, training["parts"][name])
+            self.load_part_state(name, content["training"]["parts"][name])
         for name in self.POSITION:
-            setattr(self, name, training[name])
+            setattr(self, name, content["training"][name])
         self.log = [row.to(self.device) for row in self.log]
-        self.selected = selected if self.history else self.selected
+        self.selected = content["model"] if self.history else self.selected
 
 
 def learning_rate(progress: float, config: Config) -> float:
@@ -1076,7 +1082,7 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     return 0
 
 
-def summary_of(state: State, val: dict, test: dict, images: int, started: float) -> dict[str, Any]:
+def summary_of(state: State, val: dict, test: dict, images: int) -> dict[str, Any]:
     """What the JSON file of a run holds; val, test: of evaluate(), of the selected weights."""
     config, found = state.config, {}
     for name, split in (("val", val), ("test", test)):
@@ -1085,10 +1091,10 @@ def summary_of(state: State, val: dict, test: dict, images: int, started: float)
     found |= {"objective": config.objective, "config": config.saved(), "versions": made_with(state.device)}
     found |= {"epochs": len(state.history), "finished": state.finished(), "test_images": images}
     found |= {"selected_epoch": state.selected_epoch, "seconds": state.seconds}
-    return found | {"seconds_total": time.perf_counter() - started, "history": state.history}
+    return found | {"seconds_total": time.perf_counter() - state.started, "history": state.history}
 
 
-def finish(state: State, data: Data, options: Options, started: float, draw=draw_denoising) -> int:
+def finish(state: State, data: Data, options: Options, draw=draw_denoising) -> int:
     """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0.
 
     The blocks' average answers from then on if on validation images its cross-entropy is lower: the last
@@ -1098,7 +1104,7 @@ def finish(state: State, data: Data, options: Options, started: float, draw=draw
     model.load_state_dict(state.selected)
     with workers(state.device, options.threads) as parallel:
         val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
-        chain, summary = test["accuracy"], summary_of(state, val, test, images, started)
+        chain, summary = test["accuracy"], summary_of(state, val, test, images)
         summary["test_accuracy_by_blocks"] = chain
         state.by_average = model.by_average = val["average_loss"] < val["loss"][-1]
         use = "; --evaluate and --predict answer by it" if state.by_average else ""
@@ -1115,28 +1121,18 @@ Files            {", ".join(x.name for x in files)} in {options.output_dir.resol
         return picture(draw_progress, files[2], summary) | picture(draw, files[3], model, data.test)
 
 
-def run(state, data: Data, options: Options, content=None, step=train_step, agreed=None, end=finish) -> int:
-    """Train, evaluate, write all files; returns the exit code. content: of a checkpoint, to go on from.
-
-    agreed makes, of the function that tells the signal that has come, what several processes agree on.
-    """
-    started, path = time.perf_counter(), options.checkpoint(state.config)
-    with locked(options.output_dir), caught_signals() as signalled:
+def run(state, data, options, content=None, step=train_step, end=finish, signals=caught_signals) -> int:
+    """Train, evaluate, write all files; returns the exit code. content: of a checkpoint, to go on from."""
+    with locked(options.output_dir), signals() as signalled:
         if content:
-            if "training" not in content:
-                raise Failure(f"{path} holds weights alone, for --evaluate and --predict: train anew")
-            if content["data"] != data.digest():
-                raise Failure(f"the images are not those that {path} was trained on: bring them back")
-            state.load_state_dict(content["training"], content["model"])
-            say(f"Resuming {path}: {len(state.history)} epochs and {state.step} steps are done.")
-            if content["made_with"] != made_with(state.device):
-                say(f"It won't be exact to the bit: {content['made_with']} is now {made_with(state.device)}.")
+            state.resume(content, data.digest())
         else:
-            keep_older(path)
+            keep_older(options.checkpoint(state.config))
         weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
-        say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {images:,} images")
-        code = train_and_save(state, data, options, step, agreed(signalled) if agreed else signalled)
-        return max(code, end(state, data, options, started))
+        more = f"resuming, {state.step} steps are done" if content else f"{images:,} images"
+        say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {more}")
+        code = train_and_save(state, data, options, step, signalled)
+        return max(code, end(state, data, options))
 
 
 # --- Search ------------------------------------------------------------------------------------------------

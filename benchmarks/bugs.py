@@ -349,8 +349,8 @@ FILES_AND_SEARCH = [
     ),
     (
         "resume: the step counter is lost",
-        "setattr(self, name, training[name])",
-        'setattr(self, name, 0 if name == "step" else training[name])',
+        'setattr(self, name, content["training"][name])',
+        'setattr(self, name, 0 if name == "step" else content["training"][name])',
     ),
     (
         "resume: the epoch begins anew",
@@ -359,12 +359,16 @@ FILES_AND_SEARCH = [
     ),
     (
         "resume: the selected weights are lost",
-        "self.selected = selected if self.history else self.selected",
+        'self.selected = content["model"] if self.history else self.selected',
         "self.selected = self.averaged.state_dict()",
     ),
-    ("resume: other images are taken", 'if content["data"] != data.digest():', "if False:"),
+    ("resume: other images are taken", 'if content.get("data") != digest:', "if False:"),
     ("files are written in place", 'beside = path.with_name(f".{path.name}.part")', "beside = path"),
-    ("an older checkpoint is overwritten", "            keep_older(path)\n", "            pass\n"),
+    (
+        "an older checkpoint is overwritten",
+        "            keep_older(options.checkpoint(state.config))\n",
+        "            pass\n",
+    ),
     (
         "the picture's validation curve is the test curve",
         '(accuracies, "val_accuracy",',

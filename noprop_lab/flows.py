@@ -148,7 +148,7 @@ def train_step(state, image: Tensor, label: Tensor, lr: float, parallel=map) -> 
         return noprop.train_step(state, image, label, lr)
 
 
-def finish(state, data, options, started: float) -> int:
+def finish(state, data, options) -> int:
     """Evaluate the selected weights by number of steps, write and print the results, then draw; see run()."""
     model, config = copy.deepcopy(state.averaged), state.config
     model.load_state_dict(state.selected)
@@ -157,7 +157,7 @@ def finish(state, data, options, started: float) -> int:
         val = evaluate(model, data.val, config, parallel)
         found = {n: evaluate(model.with_steps(n), data.test, config, parallel) for n in counts}
     by_steps, images = {n: x["accuracy"][-1] for n, x in found.items()}, len(data.test.labels)
-    summary = noprop.summary_of(state, val, found[config.steps], images, started)
+    summary = noprop.summary_of(state, val, found[config.steps], images)
     accuracy, total = by_steps[config.steps], summary["seconds_total"]
     summary["test_accuracy_by_steps"] = by_steps
     schedule = model.blocks[0].schedule

@@ -105,8 +105,8 @@ class SharedState(LabState):
             raise Failure(f"{size} processes for {len(self.blocks)} blocks: start at most one a block")
         self.blocks = self.blocks[rank::size]
 
-    def load_state_dict(self, state: dict[str, Any], selected: dict[str, Tensor]) -> None:
-        super().load_state_dict(state, selected)
+    def resume(self, content: dict[str, Any], digest: str) -> None:
+        super().resume(content, digest)
         if rank_and_size()[0]:  # the log of an epoch is a sum over processes
             self.log = [torch.zeros_like(row) for row in self.log]
 
@@ -169,22 +169,24 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
     often = replace(options, checkpoint_minutes=sys.float_info.max)  # the processes save when they agree to
     started = False
 
-    def start(signalled: Callable[[], int]) -> Callable[[], int]:
+    @contextlib.contextmanager
+    def agreed() -> Iterator[Callable[[], int]]:
         nonlocal started
-        started = True
-        on_first(tuple)  # the others wait for this, or for the failure before it
-        return agreement(state, digest, options, signalled)
+        with noprop.caught_signals() as signalled:
+            started = True
+            on_first(tuple)  # the others wait for this, or for the failure before it
+            yield agreement(state, digest, options, signalled)
 
     if rank_and_size()[0] == 0:
         try:
-            return noprop.run(state, data, often, content, train_step, start, end)
+            return noprop.run(state, data, often, content, train_step, end, agreed)
         except Failure as failure:
             if not started:
                 collective(dist.broadcast_object_list, [None, failure])  # as on_first() does
             raise
     on_first(tuple)
     if content:
-        state.load_state_dict(content["training"], content["model"])
+        state.resume(content, digest)
     with open(os.devnull, "w") as silence, noprop.caught_signals() as signalled:
         sys.stdout = silence
         try:

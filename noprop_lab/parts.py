@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def part_names(blocks: list[int], num_blocks: int) -> list[str]:
     return [f"blocks.{t - 1}" for t in blocks] + ["classifier"] * (num_blocks in blocks)
 
 
-def end_of_part(state: State, data: Data, options: Options, started: float) -> int:
+def end_of_part(state: State, data: Data, options: Options) -> int:
     """What stands in the place of finish() where blocks are missing."""
     path = options.checkpoint(state.config)
     say(f"Blocks {state.config.blocks} are in {path}; python -m noprop_lab merge puts parts together.")
@@ -37,7 +36,7 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
     """
     if len(paths) < 2:
         raise Failure("merge takes two checkpoints at least")
-    started, contents = time.perf_counter(), [read_checkpoint(path) for path in paths]
+    contents = [read_checkpoint(path) for path in paths]
     configs = [content["config"] for content in contents]
     for config in configs:
         if isinstance(config, WholeConfig | CascadeConfig):
@@ -47,14 +46,11 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
     for part, other in zip(contents[1:], configs[1:], strict=True):
         put_in(whole, part, part_names(other.own_blocks, other.num_blocks), exchange=not configs[0].blocks)
     data = load_data(config, options.data_root, device)
-    if whole["data"] != data.digest():
-        raise Failure(f"the images are not those that {paths[0]} was trained on: bring them back")
+    state = LabState(config, device)
+    state.resume(whole, data.digest())
     with noprop.locked(options.output_dir):
-        state = LabState(config, device)
-        noprop.keep_older(path := options.checkpoint(config))
-        state.load_state_dict(whole["training"], whole["model"])
-        state.save(path, data.digest())
-        return noprop.finish(state, data, options, started)
+        noprop.keep_older(options.checkpoint(config))
+        return noprop.finish(state, data, options)
 
 
 def put_in(whole: dict[str, Any], part: dict[str, Any], names: list[str], exchange: bool) -> None:

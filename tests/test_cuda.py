@@ -79,8 +79,9 @@ def trained(kind, config, gpu, images, step, steps=20, resume_at=None):
         if state.step == resume_at:
             training = {name: getattr(state, name) for name in state.POSITION}
             training["parts"] = {name: state.part_state(name) for name in state.parts}
+            content = {"training": training, "model": {}, "data": "", "made_with": noprop.made_with(gpu)}
             state = kind(config, gpu, images)
-            state.load_state_dict(training, {})
+            state.resume(content, "")
             records, resume_at = noprop.train(state, images, step, steps_too=True), None
     return state
 
@@ -144,7 +145,7 @@ def test_a_checkpoint_of_graphs_is_like_any_other(gpu, images, tmp_path):
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt", (LabConfig,))
     for device, kind in ((noprop.CPU, LabState), (gpu, LabState)):
         other = kind(config, device)
-        other.load_state_dict(content["training"], content["model"])
+        other.resume(content, "")
         data = images._replace(train=noprop.Split(*(x.to(device) for x in images.train)))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

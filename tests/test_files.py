@@ -35,7 +35,7 @@ def test_a_checkpoint_holds_what_its_readers_need(checkpoint):
     model = noprop.load(path)
     assert same(model.state_dict(), state.averaged.state_dict()) and not model.training
     other = noprop.State(noprop.Config(**TINY | {"seed": 1}))
-    other.load_state_dict(content["training"], content["model"])
+    other.resume(content, "digest of the data")
     assert same(other.model.state_dict(), state.model.state_dict())
     assert same(other.averaged.state_dict(), state.averaged.state_dict())
 

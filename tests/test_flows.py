@@ -352,7 +352,7 @@ def test_a_run_that_is_resumed_is_the_same_bit_for_bit(kind, small_data, tmp_pat
     first.save(tmp_path / "a.pt", "")
     content = noprop.read_checkpoint(tmp_path / "a.pt", (kind,))
     second = LabState(content["config"], CPU, small_data)
-    second.load_state_dict(content["training"], content["model"])
+    second.resume(content, "")
     list(noprop.train(second, small_data, flows.train_step, 1))
     for state, name in ((whole, "b.pt"), (second, "c.pt")):
         state.save(tmp_path / name, "")
@@ -390,7 +390,7 @@ def test_the_results_are_those_of_the_selected_weights(kind, small_data, tmp_pat
     answers = kept.predict(small_data.test.images)
     data = small_data._replace(test=small_data.test._replace(labels=answers))  # only its own are all right
     state.selected = kept.state_dict()
-    assert flows.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
+    assert flows.finish(state, data, noprop.Options(output_dir=tmp_path)) == 0
     found = json.loads((tmp_path / f"noprop_{kind.objective}.json").read_text())
     assert found["test_accuracy"] == 100
     assert found["val_accuracy"] == noprop.evaluate(kept, data.val, config)["accuracy"][-1] < 100
@@ -426,7 +426,7 @@ def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, cap
     assert "b.png: " in capsys.readouterr().out
     assert isinstance(load(path), CTFlow if name == "ct" else FMFlow)
     assert lab.main(["train", "--resume", f"--output-dir={tmp_path}", "--epochs=1"]) == 0
-    assert "1 epochs and 4 steps are done" in capsys.readouterr().out
+    assert "resuming, 4 steps are done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

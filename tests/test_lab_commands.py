@@ -281,7 +281,7 @@ def test_a_bare_resume_goes_on_with_the_objective_that_is_there(tmp_path, capsys
     folder = f"--output-dir={tmp_path}"
     assert lab.main(["train", *flags_of(tmp_path, "--objective=dt", num_blocks=2)]) == 0
     assert lab.main(["train", "--resume", "--epochs=2", folder]) == 0
-    assert f"Resuming {tmp_path / 'noprop_dt.pt'}: 1 epochs and 4 steps are done" in capsys.readouterr().out
+    assert "resuming, 4 steps are done" in capsys.readouterr().out
     content = contents(tmp_path / "noprop_dt.pt")
     assert content["training"]["step"] == 8 and content["config"]["epochs"] == 2
     refused(capsys, 2, ["--resume", folder], "python -m noprop_lab train --resume", main=noprop.main)

@@ -154,9 +154,9 @@ def test_a_run_on_other_images_is_not_resumed(tmp_path, capsys):
     assert data.digest() == noprop.load_data(noprop.Config(**TINY)).digest() != other.digest()
     assert noprop.main(tiny_flags(tmp_path)) == 0
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
-    state, options = noprop.State(noprop.Config(**TINY)), noprop.Options(output_dir=tmp_path)
-    with pytest.raises(noprop.Failure, match="the images are not those"):
-        noprop.run(state, other, options, content)
+    state = noprop.State(noprop.Config(**TINY))
+    with pytest.raises(noprop.Failure, match="was trained on other images"):
+        state.resume(content, other.digest())
 
 
 @pytest.mark.parametrize("place", ["evaluate", "write_file"])  # of the last epoch, of the results

@@ -71,7 +71,7 @@ def test_the_best_settings_are_trained_and_can_be_given(tmp_path, capsys):
     assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["config"] == best
     weights = contents(tmp_path / "noprop_hybrid.pt")
     assert search(tmp_path, hpo_trials=3, hpo_epochs=2) == 0  # the final run is there already
-    assert "Resuming" in capsys.readouterr().out and not (tmp_path / "noprop_hybrid.1.pt").exists()
+    assert "resuming" in capsys.readouterr().out and not (tmp_path / "noprop_hybrid.1.pt").exists()
     assert equal(contents(tmp_path / "noprop_hybrid.pt"), weights)
 
     def given(*arguments: str) -> noprop.Config:

@@ -87,7 +87,7 @@ def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     assert names <= {path.name for path in tmp_path.iterdir()}
     weights = contents(tmp_path / f"noprop_{objective}.pt")
     assert lab.main(command) == 0
-    assert "Resuming" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert contents(tmp_path / f"noprop_{objective}.pt")["training"]["step"] == 4
     assert equal(contents(tmp_path / f"noprop_{objective}.pt"), weights)
     given = lab.read_command_line(

@@ -338,7 +338,7 @@ def test_which_epochs_weights_are_kept(accuracies, changes, selected, tmp_path):
     state.save(path := tmp_path / "noprop_hybrid.pt", "")
     assert torch.equal(noprop.load(path).classifier.bias, torch.full((10,), float(selected)))
     content, again = noprop.read_checkpoint(path), noprop.State(state.config)
-    again.load_state_dict(content["training"], content["model"])
+    again.resume(content, "")
     assert again.selected_epoch == selected and again.history == state.history
     assert torch.equal(again.selected["classifier.bias"], torch.full((10,), float(selected)))
     assert torch.equal(again.averaged.classifier.bias, torch.full((10,), float(len(accuracies))))
@@ -351,7 +351,7 @@ def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
     answers = kept.predict(small_data.test.images)
     data = small_data._replace(test=small_data.test._replace(labels=answers))  # only its own are all right
     state.selected, state.selected_epoch = kept.state_dict(), 1
-    assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
+    assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path)) == 0
     assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["test_accuracy"] == 100
     assert noprop.evaluate(state.averaged, data.test, state.config)["accuracy"][-1] < 100
 
@@ -372,7 +372,7 @@ def test_the_blocks_average_answers_where_it_fits_validation_images_better(
     state = noprop.State(
         noprop.Config(num_blocks=3), model=noprop.build(noprop.Config(num_blocks=3), kind=Last)
     )
-    assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path), 0.0) == 0
+    assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path)) == 0
     summary = json.loads((tmp_path / "noprop_hybrid.json").read_text())
     losses = summary["val_loss_average"], summary["val_loss"]
     by_average = sure != 3  # a wrong answer that is sure costs more than the mean with two that are not
