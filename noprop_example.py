@@ -844,8 +844,9 @@ def read_checkpoint(path: str | Path, kinds: tuple[type[Config], ...] = (Config,
         kind = {kind.objective: kind for kind in kinds}[content["objective"]]
         return content | {"config": kind(**content["config"]), "path": path}
     except (KeyError, TypeError, Failure) as error:
-        reason = f"objective {content['objective']}: {error}"
-        raise Failure(f"{path} is the lab's ({reason}), see python -m noprop_lab evaluate --help") from error
+        raise Failure(
+            f"{path} is the lab's ({content['objective']}: {error}): python -m noprop_lab"
+        ) from error
 
 
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:
@@ -1049,10 +1050,9 @@ def locked(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return FileLock(folder / ".noprop_run.lock", timeout=0).acquire()  # goes when its owner dies
-    except Timeout as error:
-        raise Failure(f"another run writes into {folder}: choose another --output-dir") from error
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise Failure(f"cannot write into --output-dir {folder}, or lock it: {Failure(error)}") from error
+        reason = "another run writes into it" if isinstance(error, Timeout) else Failure(error)
+        raise Failure(f"cannot write into --output-dir {folder}, or lock it: {reason}") from error
 
 
 def train_and_save(state: State, data: Data, options: Options, step, signalled: Callable[[], int]) -> int:
