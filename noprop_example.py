@@ -779,7 +779,7 @@ def check_finite(state: State) -> None:
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, Any]:
     """Accuracy in percent and cross-entropy of the chain cut after each block, lists of T.
 
-    "average_accuracy" and "average_loss" are those of the mean of the blocks' class probabilities.
+    "accuracy_average" and "loss_average" are those of the mean of the blocks' class probabilities.
     """
 
     @torch.inference_mode()
@@ -792,7 +792,7 @@ def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = m
     label = split.labels.cpu().view(-1, 1, 1).expand(*shares.shape[:2], 1)
     *chain, average = (100 * (shares.argmax(-1) == label[..., 0]).double().mean(0)).tolist()
     *losses, average_loss = (-shares.gather(2, label).clamp_min(1e-38).log().mean((0, 2))).tolist()
-    return {"accuracy": chain, "loss": losses, "average_accuracy": average, "average_loss": average_loss}
+    return {"accuracy": chain, "loss": losses, "accuracy_average": average, "loss_average": average_loss}
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -844,9 +844,7 @@ def read_checkpoint(path: str | Path, kinds: tuple[type[Config], ...] = (Config,
         kind = {kind.objective: kind for kind in kinds}[content["objective"]]
         return content | {"config": kind(**content["config"]), "path": path}
     except (KeyError, TypeError, Failure) as error:
-        raise Failure(
-            f"{path} is the lab's ({content['objective']}: {error}): python -m noprop_lab"
-        ) from error
+        raise Failure(f"{path} is the lab's ({content['objective']}: {error}), see noprop_lab/") from error
 
 
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:
@@ -1086,8 +1084,7 @@ def summary_of(state: State, val: dict, test: dict, images: int) -> dict[str, An
     """What the JSON file of a run holds; val, test: of evaluate(), of the selected weights."""
     config, found = state.config, {}
     for name, split in (("val", val), ("test", test)):
-        found |= {f"{name}_{key}": split[key][-1] for key in ("accuracy", "loss")}
-        found |= {f"{name}_{key}_average": split[f"average_{key}"] for key in ("accuracy", "loss")}
+        found |= {f"{name}_{key}": x[-1] if isinstance(x, list) else x for key, x in split.items()}
     found |= {"objective": config.objective, "config": config.saved(), "versions": made_with(state.device)}
     found |= {"epochs": len(state.history), "finished": state.finished(), "test_images": images}
     found |= {"selected_epoch": state.selected_epoch, "seconds": state.seconds}
@@ -1106,7 +1103,7 @@ def finish(state: State, data: Data, options: Options, draw=draw_denoising) -> i
         val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
         chain, summary = test["accuracy"], summary_of(state, val, test, images)
         summary["test_accuracy_by_blocks"] = chain
-        state.by_average = model.by_average = val["average_loss"] < val["loss"][-1]
+        state.by_average = model.by_average = val["loss_average"] < val["loss"][-1]
         use = "; --evaluate and --predict answer by it" if state.by_average else ""
         files = [options.output_dir / name.format(state.config.objective) for name in OUTPUTS]
         State.save(state, files[0], data.digest())  # in this process alone
@@ -1115,7 +1112,7 @@ def finish(state: State, data: Data, options: Options, draw=draw_denoising) -> i
 Test accuracy    {chain[-1]:.2f} ± {standard_error(chain[-1], images):.2f} % (± for {images:,} images)
 Weights          epoch {state.selected_epoch}, select {state.config.select}
 After block 1 …  {" ".join(f"{x:.2f}" for x in chain)} % (chain cut there)
-Blocks' average  {test["average_accuracy"]:.2f} % (of the class probabilities of all blocks{use})
+Blocks' average  {test["accuracy_average"]:.2f} % (of the class probabilities of all blocks{use})
 Time             {state.seconds:.0f} s of training, {summary["seconds_total"]:.0f} s in all, on {state.device}
 Files            {", ".join(x.name for x in files)} in {options.output_dir.resolve()}""")
         return picture(draw_progress, files[2], summary) | picture(draw, files[3], model, data.test)
@@ -1340,7 +1337,7 @@ def print_accuracy(model: NoProp, test: Split, threads: int) -> int:
     with workers(test.images.device, threads) as parallel:
         found = evaluate(model, test, model.config, parallel)
     last, average = found["accuracy"][-1], model.by_average
-    accuracy = found["average_accuracy"] if average else last
+    accuracy = found["accuracy_average"] if average else last
     more = f" by the blocks' average, {last:.2f} % by the last block" if average else ""
     say(f"Test accuracy {accuracy:.2f} ± {standard_error(accuracy, len(test.labels)):.2f} %{more}.")
     return 0

@@ -319,13 +319,13 @@ kept = self.selected_epoch and self.config.select == "validation"
     ),
     (
         "the average answers where it is worse",
-        'val["average_loss"] < val["loss"][-1]',
-        'val["average_loss"] > val["loss"][-1]',
+        'val["loss_average"] < val["loss"][-1]',
+        'val["loss_average"] > val["loss"][-1]',
     ),
     (
         "the average answers where it fits test images better",
-        'val["average_loss"] < val["loss"][-1]',
-        'test["average_loss"] < test["loss"][-1]',
+        'val["loss_average"] < val["loss"][-1]',
+        'test["loss_average"] < test["loss"][-1]',
     ),
     ("predict samples the same noise in every batch", '"inference", 500 * i)', '"inference", 0)'),
     ("the average is of all blocks, after each", "found[:, :t].mean(1)", "found.mean(1)"),

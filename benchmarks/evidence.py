@@ -192,7 +192,7 @@ def headline(seeds: range) -> Rows:
                 rows[f"{name}, at τ = {temperature:g}"] = {
                     "test accuracy": [x["accuracy"][-1] for x in found],
                     "cut after block 1": [x["accuracy"][0] for x in found],
-                    "mean of all blocks": [x["average_accuracy"] for x in found],
+                    "mean of all blocks": [x["accuracy_average"] for x in found],
                 }
     return timed(rows)
 

@@ -217,9 +217,9 @@ def test_evaluate_counts_as_a_loop_does(small_data):
         average += int(sum(shares).argmax()) == label
         average_loss -= (sum(shares)[label] / 3).log().item()
     assert found["accuracy"] == pytest.approx([100 * x / 500 for x in right])
-    assert found["average_accuracy"] == pytest.approx(100 * average / 500)
+    assert found["accuracy_average"] == pytest.approx(100 * average / 500)
     assert found["loss"] == pytest.approx([x / 500 for x in losses], rel=1e-4)
-    assert found["average_loss"] == pytest.approx(average_loss / 500, rel=1e-4)
+    assert found["loss_average"] == pytest.approx(average_loss / 500, rel=1e-4)
     assert len({*right, average}) == 4  # else the test could not tell them apart
 
 
@@ -258,8 +258,8 @@ def test_predict_gives_the_answers_that_evaluate_counts(by_average, data):
     model.by_average = by_average
     answers = model.predict(data.val.images[:1200])
     found = noprop.evaluate(model, noprop.Split(data.val.images[:1200], answers), config)
-    assert [found["accuracy"][-1], found["average_accuracy"]][by_average] == 100
-    assert [found["accuracy"][-1], found["average_accuracy"]][not by_average] < 100
+    assert [found["accuracy"][-1], found["accuracy_average"]][by_average] == 100
+    assert [found["accuracy"][-1], found["accuracy_average"]][not by_average] < 100
 
 
 def test_images_of_bytes_and_of_shares_are_the_same(small_data):
