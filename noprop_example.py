@@ -48,7 +48,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -829,8 +829,8 @@ def keep_older(path: Path) -> None:
         say(f"Kept the older {x} as {x.rename(x.with_suffix(f'.{number}{x.suffix}')).name}.")
 
 
-def read_checkpoint(path: str | Path, kinds: tuple[type[Config], ...] = (Config,)) -> dict[str, Any]:
-    """Contents of a checkpoint; its "config" becomes one of kinds, by its objective. Raises Failure."""
+def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config}) -> dict[str, Any]:
+    """Contents of a checkpoint; its "config" becomes that of its objective in kinds. Raises Failure."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch writes checksums, and does not look at them
@@ -841,8 +841,7 @@ def read_checkpoint(path: str | Path, kinds: tuple[type[Config], ...] = (Config,
     if damaged or known != FORMAT:
         raise Failure(f"{path} is damaged, or of another version of this script ({known}): train again")
     try:
-        kind = {kind.objective: kind for kind in kinds}[content["objective"]]
-        return content | {"config": kind(**content["config"]), "path": path}
+        return content | {"config": kinds[content["objective"]](**content["config"]), "path": path}
     except (KeyError, TypeError, Failure) as error:
         raise Failure(f"{path} is the lab's ({content['objective']}: {error}), see noprop_lab/") from error
 

@@ -52,7 +52,7 @@ def build(config: LabConfig, device=CPU, content: dict[str, Any] | None = None) 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Contents of any checkpoint; its "config" becomes a LabConfig. Raises Failure."""
-    return noprop.read_checkpoint(path, tuple(CONFIGS.values()))
+    return noprop.read_checkpoint(path, CONFIGS)
 
 
 def weights_only(path: str | Path) -> bytes:

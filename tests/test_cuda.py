@@ -142,7 +142,7 @@ def test_a_checkpoint_of_graphs_is_like_any_other(gpu, images, tmp_path):
     config = LabConfig(num_blocks=3, **QUICK)
     state = trained(GraphState, config, gpu, images, graphed(noprop.train_step), 8)
     state.save(tmp_path / "noprop_hybrid.pt", "")
-    content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt", (LabConfig,))
+    content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt", {"hybrid": LabConfig})
     for device, kind in ((noprop.CPU, LabState), (gpu, LabState)):
         other = kind(config, device)
         other.resume(content, "")
