@@ -1081,13 +1081,13 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
 
 def summary_of(state: State, val: dict, test: dict, images: int) -> dict[str, Any]:
     """What the JSON file of a run holds; val, test: of evaluate(), of the selected weights."""
-    config, found = state.config, {}
+    config, found = state.config, {"test_accuracy_by_blocks": test["accuracy"], "test_images": images}
     for name, split in (("val", val), ("test", test)):
         found |= {f"{name}_{key}": x[-1] if isinstance(x, list) else x for key, x in split.items()}
     found |= {"objective": config.objective, "config": config.saved(), "versions": made_with(state.device)}
-    found |= {"epochs": len(state.history), "finished": state.finished(), "test_images": images}
-    found |= {"selected_epoch": state.selected_epoch, "seconds": state.seconds}
-    return found | {"seconds_total": time.perf_counter() - state.started, "history": state.history}
+    found |= {"epochs": len(state.history), "finished": state.finished(), "seconds": state.seconds}
+    found |= {"selected_epoch": state.selected_epoch, "seconds_total": time.perf_counter() - state.started}
+    return found | {"history": state.history}
 
 
 def finish(state: State, data: Data, options: Options, draw=draw_denoising) -> int:
@@ -1101,7 +1101,6 @@ def finish(state: State, data: Data, options: Options, draw=draw_denoising) -> i
     with workers(state.device, options.threads) as parallel:
         val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
         chain, summary = test["accuracy"], summary_of(state, val, test, images)
-        summary["test_accuracy_by_blocks"] = chain
         state.by_average = model.by_average = val["loss_average"] < val["loss"][-1]
         use = "; --evaluate and --predict answer by it" if state.by_average else ""
         files = [options.output_dir / name.format(state.config.objective) for name in OUTPUTS]
@@ -1175,9 +1174,8 @@ def print_trial(_study, trial) -> None:
     """Number, result and settings of a trial that has ended."""
     record = trial.user_attrs.get("record", {"val_loss": math.nan, "val_accuracy": math.nan, "epoch": 0})
     result = "loss {val_loss:.4f}, {val_accuracy:.2f} % after epoch {epoch}".format(**record)
-    shown = {name: f"{x:.3g}" if isinstance(x, float) else x for name, x in trial.params.items()}
-    settings = ", ".join(f"{name} {x}" for name, x in shown.items())
-    say(f"trial {trial.number:>3} {trial.state.name.lower()}: validation {result}; {settings}")
+    shown = (f"{k} {x:.3g}" if isinstance(x, float) else f"{k} {x}" for k, x in trial.params.items())
+    say(f"trial {trial.number:>3} {trial.state.name.lower()}: validation {result}; {', '.join(shown)}")
 
 
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
