@@ -1074,7 +1074,7 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
                     f"lr {state.lr:.6f}  {state.seconds:.0f} s"
                 )
             if stop and not state.finished():
-                say(f"Stopped after step {state.step} of {steps}; the same with --resume goes on.")
+                say(f"Stopped after step {state.step} of {steps}; --resume goes on.")
                 return 128 + stop
     return 0
 

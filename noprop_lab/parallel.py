@@ -185,11 +185,11 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
                 collective(dist.broadcast_object_list, [None, failure])  # as on_first() does
             raise
     on_first(tuple)
-    if content:
-        state.resume(content, digest)
     with open(os.devnull, "w") as silence, noprop.caught_signals() as signalled:
         sys.stdout = silence
         try:
+            if content:
+                state.resume(content, digest)
             return noprop.train_and_save(
                 state, data, often, train_step, agreement(state, digest, options, signalled)
             )
