@@ -1024,7 +1024,7 @@ def pick_device(options: Options) -> torch.device:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else CPU
+    found = torch.accelerator.current_accelerator(True) or CPU  # True: one that is there
     name = str(found) if options.device == "auto" else options.device
     try:
         (probe := torch.zeros(1, device=name)).item()
@@ -1056,8 +1056,7 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     """train(), saved after every epoch and every checkpoint_minutes; 0, or 128 + the signal that ended it."""
     path, digest, saved = options.checkpoint(state.config), data.digest(), time.monotonic()
     steps = state.config.epochs * (len(data.train.labels) // state.config.batch_size)
-    bar = tqdm(total=steps, initial=state.step, file=sys.stdout, disable=None, unit="step", leave=False)
-    with bar:
+    with tqdm(total=steps, initial=state.step, file=sys.stdout, disable=None, leave=False) as bar:
         for record in train(state, data, step, options.threads, steps_too=True):
             bar.update(state.step - bar.n)
             stop = signalled()
