@@ -143,7 +143,7 @@ SIZES = {  # of a block: convs, image_width, label_widths, head_widths; its para
     "small": (((16, 5, 2, 0, 2), (32, 3, 1, 0, 0), (64, 3, 1, 0, 0)), 64, (64,), (64,)),  # 51 k, 0.23 M
     # a convolution more, and no stride: 129 k, 2.9 M
     "deep": (((24, 5, 1, 0, 2), (48, 3, 1, 0, 0), (48, 3, 1, 0, 2), (96, 3, 1, 0, 0)), 96, (64,), (96,)),
-    # of the description that this project started from: 628 k, 8.0 M
+    # of the description that this project started from: 626 k, 8.0 M
     "reference": (((32, 3, 1, 1, 2), (64, 3, 1, 1, 2), (128, 3, 1, 1, 3)), 256, (256, 256), (256, 128)),
 }
 
@@ -575,7 +575,7 @@ def flatten(part: nn.Module) -> nn.Parameter:
 
     So a block's clip, its optimizer's step and its average are one operation each, not one a tensor.
     """
-    *others, last = part.parameters()
+    *others, last = (x for x in part.parameters() if x.requires_grad)
     sizes = [x.numel() + -x.numel() % 4 for x in others] + [last.numel()]  # 16 bytes: so a GPU reads them
     flat = nn.Parameter(last.new_zeros(sum(sizes)))
     flat.grad = torch.zeros_like(flat)
@@ -598,7 +598,7 @@ class State:
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
         self.config, self.device = config, device
         self.objective = objective or Hybrid(config.eta_loss_weight, config.lambda_global)
-        self.model = model or build(config, device)
+        self.model = (model or build(config, device)).train()
         self.averaged = copy.deepcopy(self.model).eval()
         self.blocks = list(range(1, config.num_blocks + 1))  # those that are trained here
         self.parts, self.tensors, self.holders = {}, {}, {}  # by name: vector; what is averaged; has a state
@@ -678,10 +678,11 @@ class State:
 
     def resume(self, content: dict[str, Any], digest: str) -> None:
         """Go on from what save() wrote, with the same images. Raises Failure."""
-        if content.get("data") != digest:
-            raise Failure(
-                f"{content['path']} was trained on other images, or holds weights alone: train anew"
-            )
+        path = content["path"]
+        if "training" not in content:
+            raise Failure(f"{path} holds weights alone, for --evaluate and --predict: train anew")
+        if content["data"] != digest:
+            raise Failure(f"the images are not those that {path} was trained on: bring them back")
         if content["made_with"] != made_with(self.device):
             say(f"It won't be exact to the bit: {content['made_with']} is now {made_with(self.device)}.")
         for name in self.parts:
@@ -1239,15 +1240,18 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
 # --- Main --------------------------------------------------------------------------------------------------
 
+COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 SETTING = r"^    (?:# (.+)|(\w+): (?!ClassVar).+? = .+?  # (.+))$"  # a heading, or a field with its comment
 source_of = cache(inspect.getsource)
 
 
-def start_of(options: Options) -> Config:
-    """The config that flags change: the settings of --config over those of --preset. Raises Failure."""
+def named_settings(options: Options) -> dict[str, Any]:
+    """The settings that --preset and --config name; the latter's win. Raises Failure."""
     try:
         content = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
-        return getattr(Config, options.preset, Config)(**content.get("config", content))
+        content = content.get("config", content)
+        start = getattr(Config, options.preset, Config)(**content)
+        return {k: x for k, x in vars(start).items() if k in content or x != getattr(Config, k)}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
 
@@ -1271,7 +1275,8 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     """
 
     def fail(message: str) -> None:
-        raise Failure(f"{message}: see --help, or python -m noprop_lab --help")
+        command = next((COMMANDS[x] for x in (x.split("=")[0] for x in arguments) if x in COMMANDS), "train")
+        raise Failure(f"{message}: see --help, or python -m noprop_lab {command} --help")
 
     about = "NoProp, see README.md. Flags are shown with defaults; of choices, the first is the default."
     form, flags, groups = partial(argparse.HelpFormatter, max_help_position=40), [], {}
@@ -1298,10 +1303,9 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     return {name: tuple(x) if isinstance(x, list) else x for name, x in vars(found).items()}
 
 
-def over_checkpoint(content, start: Config, given: dict[str, Any], free) -> Config:
-    """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
+def over_checkpoint(content, given: dict[str, Any], free) -> Config:
+    """The config of a checkpoint, in which settings change what is free; Failure for one that contradicts."""
     saved = content["config"]
-    given = {name: x for name, x in vars(start).items() if x != getattr(type(start), name)} | given
     for name, value in given.items():
         there = getattr(saved, name)
         if value != there and (name not in free or (name == "epochs" and value < there)):
@@ -1316,16 +1320,17 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     bare = not given.keys() & {"evaluate", "predict", "resume"}
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
     options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
+    given = named_settings(options) | given
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content, free = read_checkpoint(path), {"epochs"} if options.resume else {"temperature", "weights"}
-        return over_checkpoint(content, start_of(options), given, free), options, content
+        return over_checkpoint(content, given, free), options, content
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
             raise Failure(f"{other.name} is the lab's: python -m noprop_lab train --resume goes on with it")
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    return replace(start_of(options), **given), options, None
+    return Config(**given), options, None
 
 
 def print_accuracy(model: NoProp, test: Split, threads: int) -> int:

@@ -362,7 +362,7 @@ FILES_AND_SEARCH = [
         'self.selected = content["model"] if self.history else self.selected',
         "self.selected = self.averaged.state_dict()",
     ),
-    ("resume: other images are taken", 'if content.get("data") != digest:', "if False:"),
+    ("resume: other images are taken", 'if content["data"] != digest:', "if False:"),
     ("files are written in place", 'beside = path.with_name(f".{path.name}.part")', "beside = path"),
     (
         "an older checkpoint is overwritten",

@@ -38,7 +38,6 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     demo [CHECKPOINT] [flags]         a page on which one draws a digit and sees the label emerge
 
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
-COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 
 
 def translated(command: str, arguments: list[str]) -> list[str]:
@@ -143,7 +142,9 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
         if named and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"
             raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
-    config = noprop.over_checkpoint(content, implied, given, free)
+    named, plain = read_settings(options.config), type(implied)
+    named = {name: x for name, x in vars(implied).items() if name in named or x != getattr(plain, name)}
+    config = noprop.over_checkpoint(content, named | given, free)
     if options.resume and saved.dataset == "folder" and not implied.classes and "classes" not in given:
         there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))
         if there != here:
@@ -307,8 +308,8 @@ def execute(arguments: list[str]) -> int:
         say(USAGE, file=sys.stdout if helps else sys.stderr)
         return 0 if helps else 2
     with parallel.processes(), told_once():
-        for flag in {x.split("=")[0].replace("_", "-") for x in rest} & COMMANDS.keys():
-            raise Failure(f"{flag} is a command: python -m noprop_lab {COMMANDS[flag]} ...")
+        for flag in {x.split("=")[0].replace("_", "-") for x in rest} & noprop.COMMANDS.keys():
+            raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")
         if command == "merge":

@@ -152,20 +152,6 @@ def test_a_config_of_the_wrong_type_is_refused():
     assert (whole.lr, whole.ema_decay) == (1, 0)
 
 
-LABS = (
-    "--objective=dt",
-    "--dataset kmnist",
-    "--preset paper",
-    "--embedding=onehot",
-    "--run-hpo --hpo-timeout 9",
-)
-
-
-@pytest.mark.parametrize("flags", LABS)
-def test_what_is_the_labs_is_refused_in_a_line_that_names_the_lab(capsys, flags):
-    fails(capsys, 2, flags.split(), "python -m noprop_lab --help")
-
-
 def test_run_hpo_decides_only_what_a_bare_call_does(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noprop, "RUN_HPO", True)
     checkpoint = trained / "noprop_hybrid.pt"

@@ -59,6 +59,13 @@ COMMANDS = {  # what they mean
 
 
 @pytest.mark.parametrize("line", COMMANDS)
+def test_the_script_refuses_what_is_the_labs_and_names_its_command(line, capsys):
+    command, arguments = line.split(" ", 1)
+    ours = {"train": "", "search": "--run-hpo "}.get(command, f"--{command} ")
+    refused(capsys, 2, (ours + arguments).split(), f"python -m noprop_lab {command} --help", main=noprop.main)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
 def test_what_a_command_means(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     untrained(tmp_path).rename("F")
@@ -76,7 +83,8 @@ def test_what_a_command_means(line, tmp_path, monkeypatch):
     assert str(options.embedding_from) == ("F" if "--embedding-from" in line else "None")
 
 
-def test_merge_gets_its_files(monkeypatch, tmp_path):
+def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):
+    refused(capsys, 2, ["--merge", "a.pt"], "python -m noprop_lab merge --help", main=noprop.main)
     given = []
     monkeypatch.setattr(parts, "merge", lambda paths, options, *_: given.append((paths, options)) or 0)
     assert lab.main(["merge", "a.pt", "b.pt", f"--output-dir={tmp_path}"]) == 0

@@ -95,7 +95,7 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
         return few(*arguments)._replace(test=few(*arguments).val)
 
     monkeypatch.setattr(lab, "load_data", fewer)
-    refused(capsys, 2, [*command, *files], "was trained on other images")
+    refused(capsys, 2, [*command, *files], "the images are not those that")
     assert not (tmp_path / "out").exists()
 
 
