@@ -558,10 +558,9 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     A core for each block beats all cores on one after another, and gives the same bits for any number.
     """
     before, cpu = torch.get_num_threads(), device.type == "cpu"
-    if cpu and sys.platform == "linux":  # glibc keeps freed memory: to fault it in is 10 % of a step's time
-        with suppress(AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 2**25), mallopt(-1, 2**30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    with suppress(AttributeError, TypeError):  # glibc is to keep memory: to fault it in is 10 % of a step
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     torch.set_num_threads(1 if cpu else before)
     try:
         with ThreadPoolExecutor(threads) as pool:
