@@ -722,17 +722,13 @@ def train_block(state, t: int, image, label, lr: float, head=False) -> tuple[dic
     return {name: (loss.detach(), state.update(name, lr)) for name, loss in losses.items()}, W.grad
 
 
-def train_step(state, image, label, lr, parallel=map, share=lambda gradient: None) -> dict:
-    """A step of every part, on images (B, C, H, W) and labels (B,): {part: (loss, gradient norm)}.
-
-    share: adds up, in place, the gradient by W over processes that train other blocks.
-    """
+def train_step(state, image, label, lr, parallel=map) -> dict:
+    """A step of every part, on images (B, C, H, W) and labels (B,): {part: (loss, gradient norm)}."""
     steps = list(parallel(lambda t: train_block(state, t, image, label, lr), state.blocks))
     results = {name: pair for result, _ in steps for name, pair in result.items()}
     if state.config.learns_embedding:  # it is all that the blocks share
-        share(gradient := sum(gradient for _, gradient in steps))
-        state.model.label_embedding.weight.grad.copy_(gradient)
-        results["label_embedding"] = gradient.new_zeros(()), state.update("label_embedding", lr)
+        state.model.label_embedding.weight.grad.copy_(sum(gradient for _, gradient in steps))
+        results["label_embedding"] = image.new_zeros(()), state.update("label_embedding", lr)
     return results
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +104,12 @@ class SharedState(LabState):
             raise Failure(f"{size} processes for {len(self.blocks)} blocks: start at most one a block")
         self.blocks = self.blocks[rank::size]
 
+    def update(self, name: str, lr: float) -> Tensor:
+        """A step of one part; all processes step the embedding alike, by what all blocks hand back."""
+        if name == "label_embedding":
+            collective(dist.all_reduce, self.parts[name].grad)
+        return super().update(name, lr)
+
     def resume(self, content: dict[str, Any], digest: str) -> None:
         super().resume(content, digest)
         if rank_and_size()[0]:  # the log of an epoch is a sum over processes
@@ -132,10 +137,6 @@ class SharedState(LabState):
     def save(self, path: Path, data_digest: str) -> None:
         self.gather()
         on_first(super().save, path, data_digest)
-
-
-# A step of this process's blocks, and, alike in all processes, of the embedding.
-train_step = partial(noprop.train_step, share=partial(collective, dist.all_reduce))
 
 
 def agreement(
@@ -179,7 +180,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
 
     if rank_and_size()[0] == 0:
         try:
-            return noprop.run(state, data, often, content, train_step, end, agreed)
+            return noprop.run(state, data, often, content, noprop.train_step, end, agreed)
         except Failure as failure:
             if not started:
                 collective(dist.broadcast_object_list, [None, failure])  # as on_first() does
@@ -191,7 +192,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
             if content:
                 state.resume(content, digest)
             return noprop.train_and_save(
-                state, data, often, train_step, agreement(state, digest, options, signalled)
+                state, data, often, noprop.train_step, agreement(state, digest, options, signalled)
             )
         finally:
             sys.stdout = sys.__stdout__

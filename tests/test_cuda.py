@@ -158,7 +158,7 @@ def test_nccl_with_one_process(gpu, images):
     plain = trained(LabState, config, gpu, images, noprop.train_step, 3)
     torch.distributed.init_process_group("nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
     try:
-        shared = trained(parallel.SharedState, config, gpu, images, parallel.train_step, 3)
+        shared = trained(parallel.SharedState, config, gpu, images, noprop.train_step, 3)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(weights_of(plain), weights_of(shared))
