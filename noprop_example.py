@@ -934,27 +934,21 @@ def draw_denoising(model: NoProp, test: Split):
 # --- Using a network ---------------------------------------------------------------------------------------
 
 
-def open_picture(path: Path):
-    """A PNG or JPEG, upright, on white; raises Failure for a file that can't be read."""
+def read_digit(path: Path) -> Tensor:
+    """A picture as MNIST would have it, uint8 (1, 28, 28): light on dark, 20 pixels large, centred by mass.
+
+    Ink is what differs from the border's median. Raises Failure where it is unreadable or empty.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
             file = file.point(lambda x: x / 256).convert("L") if file.mode[0] == "I" else file  # 16 bits
             upright = ImageOps.exif_transpose(file).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        white = Image.new("RGBA", upright.size, "white")
+        gray = np.asarray(Image.alpha_composite(white, upright).convert("L"), np.float32)
     except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
-
-
-def read_digit(path: Path) -> Tensor:
-    """A picture as MNIST would have it, uint8 (1, 28, 28): light on dark, 20 pixels large, centred by mass.
-
-    Ink is what differs from the border's median. Raises Failure where it is unreadable or empty.
-    """
-    from PIL import Image
-
-    gray = np.asarray(open_picture(path).convert("L"), np.float32)
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
     if ink.max() < 16:
         raise Failure(f"{path} shows nothing: it is all one shade")
@@ -962,7 +956,7 @@ def read_digit(path: Path) -> Tensor:
     digit = Image.fromarray(ink).crop(Image.fromarray(ink > inside).getbbox())
     digit = digit.resize([max(1, round(20 * side / max(digit.size))) for side in digit.size], Image.BOX)
     ink, canvas = np.asarray(digit), Image.new("F", (28, 28))
-    y, x = ((ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(ink.shape))
+    y, x = (np.average(places, weights=ink) for places in np.indices(ink.shape))
     canvas.paste(digit, [min(max(round(14 - c), 0), 28 - n) for c, n in zip((x, y), digit.size, strict=True)])
     return torch.from_numpy((np.array(canvas) * (255 / ink.max())).round().astype(np.uint8)).unsqueeze(0)
 
