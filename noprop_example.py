@@ -896,11 +896,10 @@ def draw_progress(summary: dict[str, Any]):
     return figure
 
 
-def classes_in(z: Tensor, u: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Class probabilities (N, T+1, classes) in z (N, T+1, D), where class k has N(√ᾱ_t u_k, (1-ᾱ_t) I)."""
-    level = alpha_bar.float().to(u.device).view(-1, 1, 1)
-    distance = (z.unsqueeze(2) - level.sqrt() * u).square().sum(-1)
-    return (-distance / (2 * (1 - level[:, :, 0]))).softmax(-1)
+def classes_in(z: Tensor, u: Tensor, alpha_bar: float) -> Tensor:
+    """Class probabilities (N, classes) in z (N, D), where class k has N(√ᾱ u_k, (1-ᾱ) I)."""
+    distance = (z.unsqueeze(1) - alpha_bar**0.5 * u).square().sum(-1)
+    return (-distance / (2 * (1 - alpha_bar))).softmax(-1)
 
 
 @torch.inference_mode()
@@ -909,25 +908,24 @@ def draw_denoising(model: NoProp, test: Split):
     from matplotlib.figure import Figure
 
     certainty = model.probabilities(test.images)[:, -1].gather(1, test.labels[:, None])[:, 0]
-    chosen = [*range(min(6, len(certainty))), *certainty.argsort()[:24:4].tolist()]
-    image, u, noise = to_float(test.images[chosen]), model.label_embedding.weight, generator("denoising")
-    model, z = copy.copy(model), [model.start(image, 1.0, noise)]
+    chosen = np.resize([*range(min(6, len(certainty))), *certainty.argsort()[:24:4].tolist()], 12)
+    image, label, noise = to_float(test.images[chosen]), test.labels[chosen].tolist(), generator("denoising")
+    model, z, shares = copy.copy(model), model.start(image, 1.0, noise), []
     model.steps = reverse_steps(model.alpha_bar).tolist()  # DDPM's weights
-    for t in range(1, len(model.alpha_bar)):
-        z.append(model.step(t, image, z[-1], 1.0, noise)[1])
-    probabilities = classes_in(torch.stack(z, 1), u, model.alpha_bar).cpu()
+    for t, level in enumerate(model.alpha_bar.tolist()):
+        z = model.step(t, image, z, 1.0, noise)[1] if t else z
+        shares.append(classes_in(z, model.label_embedding.weight, level))
+    shares = torch.stack(shares, dim=2).cpu().numpy()  # (12, classes, T+1)
     figure = Figure(figsize=(11, 6.8), layout="constrained")
     figure.suptitle("Class probabilities in z_t of a sample, noise (t = 0) to label (t = T); hard ones below")
     panels = figure.subplots(4, 6, height_ratios=(1, 1.2, 1, 1.2))
     for i, (digit, chart) in enumerate(zip(panels[::2].flat, panels[1::2].flat, strict=True)):
+        answer = shares[i, :, -1].argmax()
         digit.set_axis_off()
-        chart.set_visible(i < len(chosen))  # a small data set has fewer
-        if i < len(chosen):
-            answer, label = int(probabilities[i, -1].argmax()), int(test.labels[chosen[i]])
-            digit.imshow(image[i].permute(1, 2, 0).cpu().numpy(), cmap="gray")  # in colour if it has some
-            digit.set_title(f"{answer}" if answer == label else f"{answer} (labelled {label})", fontsize=10)
-            chart.imshow(probabilities[i].T.numpy(), vmin=0, vmax=1, aspect="auto")
-            chart.set(xlabel="t", ylabel="class", yticks=range(0, len(u), max(3, len(u) // 4)))
+        digit.imshow(image[i].permute(1, 2, 0).cpu().numpy(), cmap="gray")  # in colour if it has some
+        digit.set_title(f"{answer}" if answer == label[i] else f"{answer} (labelled {label[i]})", fontsize=10)
+        chart.imshow(shares[i], vmin=0, vmax=1, aspect="auto")
+        chart.set(xlabel="t", ylabel="class", yticks=range(0, len(shares[i]), max(3, len(shares[i]) // 4)))
     return figure
 
 

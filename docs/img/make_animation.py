@@ -19,15 +19,15 @@ HERE = Path(__file__).resolve().parent
 @torch.inference_mode()
 def probabilities(model: noprop.NoProp, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Class probabilities in z_0 ... z_T and in û_1 ... û_T, sampled (τ = 1), (N, T+1, K) and (N, T, K)."""
-    noise = noprop.generator("animation")
+    noise, u, levels = noprop.generator("animation"), model.label_embedding.weight, model.alpha_bar.tolist()
     model.steps = noprop.reverse_steps(model.alpha_bar).tolist()  # DDPM's weights
-    z, shares = [model.start(image, 1.0, noise)], []
-    for t in range(1, len(model.alpha_bar)):
-        u_hat, after = model.step(t, image, z[-1], 1.0, noise)
-        z.append(after)
-        shares.append(model.classifier(u_hat).softmax(-1))
-    in_z = noprop.classes_in(torch.stack(z, 1), model.label_embedding.weight, model.alpha_bar)
-    return in_z, torch.stack(shares, 1)
+    z, in_u_hat = model.start(image, 1.0, noise), []
+    in_z = [noprop.classes_in(z, u, levels[0])]
+    for t, level in enumerate(levels[1:], start=1):
+        u_hat, z = model.step(t, image, z, 1.0, noise)
+        in_z.append(noprop.classes_in(z, u, level))
+        in_u_hat.append(model.classifier(u_hat).softmax(-1))
+    return torch.stack(in_z, 1), torch.stack(in_u_hat, 1)
 
 
 def main() -> int:
