@@ -470,10 +470,8 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        sha = hashlib.sha256()
-        for part in (*self.train, *self.val, *(self.test or ())):
-            sha.update(part.cpu().numpy().tobytes())
-        return sha.hexdigest()
+        parts = (*self.train, *self.val, *(self.test or ()))
+        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in parts)).hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
