@@ -771,10 +771,7 @@ def check_finite(state: State) -> None:
 
 
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, Any]:
-    """Accuracy in percent and cross-entropy of the chain cut after each block, lists of T.
-
-    "accuracy_average" and "loss_average" are those of the mean of the blocks' class probabilities.
-    """
+    """Accuracy (%) and cross-entropy of the chain cut after each block, lists of T, and of the blocks' mean."""
 
     @torch.inference_mode()
     def logits(start: int) -> Tensor:
@@ -878,7 +875,7 @@ def draw_progress(summary: dict[str, Any]):
         (rates, "lr", "at the end of the epoch"),
     ):
         y = [np.mean(np.array(record[name], float)) for record in history] or [math.nan]  # None: nan
-        axes.plot(range(1, len(y) + 1), y, "o-", ms=4, label=label.format(y[-1]) if np.any(y) else None)
+        axes.plot(range(1, len(y) + 1), y, "o-", ms=4, label=label.format(y[-1]) if y[-1] > 0 else None)
     label = f"test, selected weights ± standard error; at the end {chain[-1]:.2f} %"
     errors = [standard_error(accuracy, summary["test_images"]) for accuracy in chain]
     blocks.errorbar(range(1, len(chain) + 1), chain, errors, fmt="s-C1", ms=4, capsize=2, label=label)
