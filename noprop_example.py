@@ -486,7 +486,7 @@ def read_mnist(folder: Path, sums: dict[str, str] = MD5) -> tuple[Split, Split]:
     """Training and test images of a folder with the four files, packed or not. Raises Failure."""
     tensors = []
     for name, md5 in sums.items():
-        path = folder / name if os.path.exists(folder / name) else folder / f"{name}.gz"
+        path = folder / name if os.path.isfile(folder / name) else folder / f"{name}.gz"
         try:
             with (gzip.open if path.suffix else open)(path, "rb") as file:
                 content = bytearray(file.read())
