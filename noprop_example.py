@@ -771,7 +771,7 @@ def check_finite(state: State) -> None:
 
 
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, Any]:
-    """Accuracy (%) and cross-entropy of the chain cut after each block, lists of T, and of the blocks' mean."""
+    """Accuracy (%) and cross-entropy after each block, lists of T, and of the mean of their probabilities."""
 
     @torch.inference_mode()
     def logits(start: int) -> Tensor:
