@@ -834,7 +834,8 @@ def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config
     try:
         return content | {"config": kinds[content["objective"]](**content["config"]), "path": path}
     except (KeyError, TypeError, Failure) as error:
-        raise Failure(f"{path} is the lab's ({content['objective']}: {error}), see noprop_lab/") from error
+        reason = f"{content['objective']}: {error}"
+        raise Failure(f"{path} is the lab's ({reason}): python -m noprop_lab evaluate {path}") from error
 
 
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:

@@ -59,7 +59,7 @@ COMMANDS = {  # what they mean
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_script_refuses_what_is_the_labs_and_names_its_command(line, capsys):
+def test_a_flag_of_the_labs_is_refused_with_its_command(line, capsys):
     command, arguments = line.split(" ", 1)
     ours = {"train": "", "search": "--run-hpo "}.get(command, f"--{command} ")
     refused(capsys, 2, (ours + arguments).split(), f"python -m noprop_lab {command} --help", main=noprop.main)
@@ -355,7 +355,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
 def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):
     path = untrained(tmp_path, config)
     for arguments in (["--evaluate", str(path)], ["--predict", str(path), "a.png"]):
-        refused(capsys, 2, arguments, f"{path} is the lab's", "noprop_lab", main=noprop.main)
+        refused(capsys, 2, arguments, f"{path} is the lab's", "-m noprop_lab evaluate", main=noprop.main)
     with pytest.raises(noprop.Failure, match="python -m noprop_lab"):
         noprop.load(path)
     found = load(path).config
