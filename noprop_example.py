@@ -12,7 +12,7 @@ and the answer is argmax classifier(û_T). Time runs from noise, ᾱ_0 = 0.001, 
 
     symbol   name              shape        meaning
     T        num_blocks                     blocks, each at one noise level
-    ᾱ        alpha_bar         (T+1,)       fraction of signal, increasing
+    ᾱ        alpha_bar         (T+1,)       fraction of signal, increasing; one of them: level
     W        label_embedding   (classes, D) learned rows, one a class, orthonormal at the start
     u_y      u                 (B, D)       embedding of the label: its row of W
     z_t      z                 (B, D)       the noisy label
@@ -20,7 +20,7 @@ and the answer is argmax classifier(û_T). Time runs from noise, ᾱ_0 = 0.001, 
     η₁, η₂   eta, lam                       weights of the hybrid loss
 
 Measured: 99.58 ± .01 % on MNIST's test images (mean ± standard error of seeds 0 to 9, weights chosen on
-validation images; block 1 alone 99.42 ± .02), two to three minutes on two CPU cores (140-217 GFLOP/s).
+validation images; block 1 alone 99.42 ± .02), two to six minutes on two CPU cores (217-111 GFLOP/s).
 
     python noprop_example.py                                     train, evaluate, draw
     python noprop_example.py --evaluate noprop_hybrid.pt         test accuracy of a trained network
@@ -127,14 +127,14 @@ def reverse_steps(alpha_bar: Tensor, equal_weights: bool = False) -> Tensor:
     return torch.stack([before, a, b, c], dim=1)
 
 
-def noisy_label(u: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
-    """z = √ᾱ u + √(1-ᾱ) ε, a draw from q(z | y)."""
-    return alpha_bar**0.5 * u + (1 - alpha_bar) ** 0.5 * noise
+def noisy_label(u: Tensor, noise: Tensor, level: float) -> Tensor:
+    """z = √ᾱ u + √(1-ᾱ) ε at the level ᾱ, a draw from q(z | y)."""
+    return level**0.5 * u + (1 - level) ** 0.5 * noise
 
 
-def clean_label(z: Tensor, eps_hat: Tensor, alpha_bar: float) -> Tensor:
+def clean_label(z: Tensor, eps_hat: Tensor, level: float) -> Tensor:
     """û = (z - √(1-ᾱ) ε̂) / √ᾱ, noisy_label() solved for u."""
-    return (z - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
+    return (z - (1 - level) ** 0.5 * eps_hat) / level**0.5
 
 
 # --- Model -------------------------------------------------------------------------------------------------
@@ -156,6 +156,7 @@ def mlp(*widths: int) -> nn.Sequential:
 class DenoisingBlockPaper(nn.Module):
     """Block t: a CNN for the image, an MLP for the noisy label, a joint head; (x, z_{t-1}) -> ε̂_t.
 
+    Its parts are the paper's; their sizes, and û in place of ε̂, are not (PaperBlock in noprop_lab/dt.py).
     size: of SIZES. Each of convs, (channels, kernel, stride, padding, pool), is followed by a max-pool of
         stride 2 (0: none), a batch norm, to which the pool leaves a quarter of the work, and a ReLU.
     target: what the network f inside the block computes. "label": f estimates û, and the noise follows,
@@ -181,8 +182,8 @@ class DenoisingBlockPaper(nn.Module):
         self.head = mlp(image_width + label_widths[-1], *head_widths)
         self.head.append(nn.Linear(head_widths[-1], num_classes if target == "classes" else embed_dim))
 
-    def forward(self, image: Tensor, z: Tensor, alpha_bar: float, W: Tensor | None = None) -> Tensor:
-        """ε̂, (B, D), from images (B, C, H, W) and noisy labels z (B, D) at the level ᾱ_{t-1} = alpha_bar.
+    def forward(self, image: Tensor, z: Tensor, level: float, W: Tensor | None = None) -> Tensor:
+        """ε̂, (B, D), from images (B, C, H, W) and noisy labels z (B, D) at the level ᾱ_{t-1}.
 
         W, (classes, D), is the label embedding, which only the target "classes" needs.
         """
@@ -190,7 +191,7 @@ class DenoisingBlockPaper(nn.Module):
         if self.target == "noise":
             return f
         u_hat = f.softmax(-1) @ W if self.target == "classes" else f
-        return (z - alpha_bar**0.5 * u_hat) / (1 - alpha_bar) ** 0.5  # clean_label() gives u_hat back
+        return (z - level**0.5 * u_hat) / (1 - level) ** 0.5  # clean_label() gives u_hat back
 
 
 class NoProp(nn.Module):
@@ -234,16 +235,16 @@ class NoProp(nn.Module):
 
         temperature: τ; noise: the generator of ξ, of which τ = 0 draws nothing.
         """
-        alpha_bar, a, b, c = self.steps[t - 1]
-        eps_hat = self.blocks[t - 1](image, z, alpha_bar, self.label_embedding.weight)
-        u_hat = clean_label(z, eps_hat, alpha_bar)
+        level, a, b, c = self.steps[t - 1]
+        eps_hat = self.blocks[t - 1](image, z, level, self.label_embedding.weight)
+        u_hat = clean_label(z, eps_hat, level)
         z = a * u_hat + b * z
         if temperature:
             z = z + temperature * c**0.5 * send(torch.randn(z.shape, generator=noise), z.device)
         return u_hat, z
 
     def classify(self, u_hat: Tensor, z: Tensor) -> Tensor:
-        """Class logits (B, classes) of what a block leaves: of û, not of z."""
+        """Class logits (B, classes) of what a block leaves: of û (z: for those of the lab that read it)."""
         return self.classifier(u_hat)
 
     def forward(self, image: Tensor, temperature=0.0, noise: torch.Generator | None = None) -> Tensor:
@@ -295,6 +296,7 @@ class Hybrid:
     """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) for each block, and cross-entropy for the classifier, the head of block T.
 
     û is linear in ε̂: with SNR = ᾱ/(1-ᾱ) that is (η₁ + η₂/SNR) MSE(ε̂, ε) = (η₁ SNR + η₂) MSE(û, u).
+    W = 0 would make it small; with the cross-entropy beside it, W's rows end at squared lengths of .7 to 2.2.
     """
 
     eta: float = 2.0
@@ -589,7 +591,7 @@ class State:
     """
 
     POSITION = ("step", "lr", "seconds", "selected_epoch", "history", "log")
-    # the share of this step's weights in their average, from which young ones are soon gone
+    # the share of this step's weights in their average: large at first, so that the first ones fade
     fresh = property(lambda self: 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
 
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
@@ -598,13 +600,16 @@ class State:
         self.model = (model or build(config, device)).train()
         self.averaged = copy.deepcopy(self.model).eval()
         self.blocks = list(range(1, config.num_blocks + 1))  # those that are trained here
-        self.parts, self.tensors, self.holders = {}, {}, {}  # by name: vector; what is averaged; has a state
+        # By the name of a part: its parameters as one vector; the tensors that are averages, and those that
+        # they follow; what has a state to save: the averaged module, the module, the optimizer.
+        self.parts, self.tensors, self.holders = {}, {}, {}
         for name, module in self.model.parts().items():
-            averaged, vector = map(flatten, both := (self.averaged.get_submodule(name), module))
+            both = self.averaged.get_submodule(name), module
+            average, vector = map(flatten, both)
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
             optimizer = torch.optim.AdamW([vector], weight_decay=decay, fused=device.type in ("cpu", "cuda"))
             statistics = [[x for x in module.buffers() if x.is_floating_point()] for module in both]
-            self.tensors[name] = [averaged.detach(), *statistics[0]], [vector.detach(), *statistics[1]]
+            self.tensors[name] = [average.detach(), *statistics[0]], [vector.detach(), *statistics[1]]
             self.parts[name], self.holders[name] = vector, (*both, optimizer)
         self.step, self.lr, self.seconds, self.selected_epoch, self.by_average = 0, 0.0, 0.0, 0, False
         self.history, self.selected, self.started = [], self.averaged.state_dict(), time.perf_counter()
@@ -740,6 +745,7 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
     while not state.finished():
         order = torch.randperm(len(labels), generator=generator(config.seed, "order", len(state.history)))
         with workers(state.device, threads) as parallel:
+            # all blocks share a batch, each with noise of its own; a resumed epoch goes on where its log ends
             for batch in order.to(state.device).split(config.batch_size)[len(state.log) : steps]:
                 started = time.perf_counter()
                 image = to_float(images[batch])

@@ -19,8 +19,8 @@ SCHEDULE_AND_MODEL = [
     ("the schedule is not clamped", ".square().clamp(1e-3, 0.999)", ".square()"),
     (
         "inference: one noise level off",
-        "alpha_bar, a, b, c = self.steps[t - 1]",
-        "alpha_bar, a, b, c = self.alpha_bar[t].item(), *self.steps[t - 1][1:]",
+        "level, a, b, c = self.steps[t - 1]",
+        "level, a, b, c = self.alpha_bar[t].item(), *self.steps[t - 1][1:]",
     ),
     (
         "temperature 1: z_0 = 0",
@@ -207,8 +207,8 @@ TRAINING = [
     ),
     (
         "the average leaves out batch-norm statistics",
-        "[averaged.detach(), *statistics[0]], [vector.detach(), *statistics[1]]",
-        "[averaged.detach()], [vector.detach()]",
+        "[average.detach(), *statistics[0]], [vector.detach(), *statistics[1]]",
+        "[average.detach()], [vector.detach()]",
     ),
     (
         "the average does not warm up",
