@@ -945,8 +945,8 @@ def read_digit(path: Path) -> Tensor:
         with Image.open(path) as file:
             file = file.point(lambda x: x / 256).convert("L") if file.mode[0] == "I" else file  # 16 bits
             upright = ImageOps.exif_transpose(file).convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        gray = np.asarray(Image.alpha_composite(white, upright).convert("L"), np.float32)
+        ground = Image.new("RGBA", upright.size, "gray")  # of what is transparent: ink may be dark or light
+        gray = np.asarray(Image.alpha_composite(ground, upright).convert("L"), np.float32)
     except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +152,16 @@ def test_a_config_of_the_wrong_type_is_refused():
     assert (whole.lr, whole.ema_decay) == (1, 0)
 
 
+def test_what_a_file_names_is_not_ignored_though_it_is_a_default(capsys, tmp_path):
+    config = noprop.Config(**TINY)
+    noprop.State(config).save(tmp_path / "noprop_hybrid.pt", "of no images")
+    (path := tmp_path / "a.json").write_text(json.dumps({"epochs": 12, "lr": config.lr}))
+    resume = ["--resume", f"--output-dir={tmp_path}", f"--config={path}"]
+    assert noprop.read_command_line(resume)[0] == replace(config, epochs=12)
+    path.write_text('{"num_blocks": 10}')
+    fails(capsys, 2, resume, "--num-blocks 10 contradicts", "which has 3")
+
+
 def test_run_hpo_decides_only_what_a_bare_call_does(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noprop, "RUN_HPO", True)
     checkpoint = trained / "noprop_hybrid.pt"
@@ -197,8 +207,10 @@ def test_damaged_data(capsys, tmp_path, damage):
         assert hashlib.md5(unpacked).hexdigest() == noprop.MD5[name]
         good = noprop.read_mnist(folder)
         victim.write_bytes(gzip.compress(unpacked, 1))  # packed anew
+        (folder / name).mkdir()  # as some archives have it
         assert torch.equal(noprop.read_mnist(folder)[1].images, good[1].images)
         victim.unlink()
+        (folder / name).rmdir()
         victim = folder / "t10k-images-idx3-ubyte"
         victim.write_bytes(unpacked)
         assert torch.equal(noprop.read_mnist(folder)[1].images, good[1].images)

@@ -75,6 +75,27 @@ def test_a_loss_of_two_methods_trains(small_data):
     assert same(state.model.state_dict(), train_tiny(small_data).model.state_dict())
 
 
+class Frozen(noprop.DenoisingBlockPaper):
+    """A block as a reader writes it, whose convolutions stay as they are."""
+
+    def __init__(self, *sizes, **how):
+        super().__init__(*sizes, **how)
+        self.image.requires_grad_(False)
+
+
+def test_what_a_block_freezes_stays_and_a_network_that_was_for_inference_trains(batch):
+    config = noprop.Config(**TINY)
+    model = noprop.build(config, block=Frozen).eval()
+    before = copy.deepcopy(model.state_dict())
+    state = noprop.State(config, model=model)
+    for t in (1, 2, 3):
+        noprop.train_block(state, t, *batch, 1e-2)
+    for name, x in model.state_dict().items():
+        statistic = name.endswith(("mean", "var", "tracked"))  # they move: the network trains
+        frozen = ".image." in name and not statistic
+        assert torch.equal(x, before[name]) == (frozen or name == "label_embedding.weight"), name
+
+
 def test_a_block_alone_equals_the_block_beside_others(training, batch):
     (image, label), alone = batch, noprop.State(noprop.Config(**TINY))
     noprop.train_step(training, image, label, 1e-3)

@@ -214,6 +214,7 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("evaluate F --early-exit 0", "early_exit must be above 0"),
         ("evaluate F --early-exit 0.5 --temperature 1 --weights ddpm", "--early-exit does not sample"),
         ("evaluate F --lr 1", "--lr 1.0 contradicts F, which has 0.014"),
+        ("evaluate F --config ten.json", "--num-blocks 10 contradicts F, which has 3"),  # though a default
         ("evaluate F --blocks 1", "take all blocks, not 1 alone"),
         ("evaluate F --objective dt", "--objective dt contradicts F, which has hybrid"),
         ("evaluate F --dataset kmnist", "--dataset kmnist contradicts F, which has mnist"),
@@ -243,6 +244,7 @@ def test_what_is_refused_is_named(arguments, word, two_networks, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for path in two_networks:
         shutil.copy(path, tmp_path)
+    (tmp_path / "ten.json").write_text('{"num_blocks": 10}')
     (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
     part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}
     (tmp_path / "part.json").write_text(json.dumps(part))

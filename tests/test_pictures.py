@@ -49,7 +49,7 @@ def test_the_network_in_the_repository_is_small_and_holds_weights_alone(network)
     assert noprop.Config(**found["config"]) == noprop.Config() and network.config.seed == 0
 
 
-def test_the_scripts_reader_takes_what_lies_on_its_head_and_what_has_16_bits(data, tmp_path):
+def test_the_scripts_reader_takes_what_lies_on_its_head_has_16_bits_or_no_ground(data, tmp_path):
     digit = data.test.images[0, 0].numpy()
     (exif := Image.Exif())[0x0112] = 3  # upside down
     Image.fromarray(digit).save(tmp_path / "plain.png")
@@ -57,6 +57,10 @@ def test_the_scripts_reader_takes_what_lies_on_its_head_and_what_has_16_bits(dat
     Image.fromarray(digit.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     plain, *others = (noprop.read_digit(tmp_path / f"{x}.png") for x in ("plain", "turned", "deep"))
     assert all(torch.equal(x, plain) for x in others)
+    for shade in (0, 255):  # ink on a transparent ground
+        pixels = np.dstack([np.full((28, 28, 3), shade, np.uint8), digit])
+        Image.fromarray(pixels).save(path := tmp_path / "ink.png")
+        assert (noprop.read_digit(path).int() - plain.int()).abs().max() <= 2
 
 
 def test_it_is_as_accurate_as_is_said_on_a_part(network, data):

@@ -442,6 +442,9 @@ def test_what_the_picture_of_a_training_shows():
     cascade = summary | {"history": [record | {"classifier_loss": 0} for record in history]}  # it has none
     legend = noprop.draw_progress(cascade).axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["blocks, mean"]
+    parts = summary | {"history": [record | {"val_accuracy": None} for record in history]}  # put together
+    legend = noprop.draw_progress(parts).axes[2].get_legend()
+    assert [text.get_text().split(",")[0] for text in legend.get_texts()] == ["test (decides nothing)"]
 
 
 def test_what_the_picture_of_the_denoising_shows(small_data):
