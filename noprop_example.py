@@ -545,7 +545,10 @@ def build(config: Config, device=CPU, content=None, block=None, kind: type[NoPro
     model = kind(partial(block, target=config.target), *sizes, config.seed, config.weights == "equal")
     model.config = config
     if content:
-        model.eval().load_state_dict(content["model"])
+        try:
+            model.eval().load_state_dict(content["model"])
+        except (KeyError, TypeError, RuntimeError) as error:  # of a block of the user's own, say
+            raise Failure(f"{content['path']} does not hold the weights of its settings") from error
         model.by_average = content["config"] == config and content.get("by_average", False)
     last = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
     return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -664,6 +667,10 @@ class State:
         return [holder.state_dict() for holder in self.holders[name]]
 
     def load_part_state(self, name: str, states: list[dict[str, Any]]) -> None:
+        """Go on from part_state(). Raises Failure for moments of another shape: no optimizer would notice."""
+        shapes = {x.shape for moments in states[-1]["state"].values() for x in moments.values() if x.ndim}
+        if shapes - {self.parts[name].shape}:
+            raise Failure(f"{name} of the checkpoint is of another block, or an earlier version: train anew")
         for holder, state in zip(self.holders[name], states, strict=True):
             holder.load_state_dict(state)
 
@@ -838,7 +845,8 @@ def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config
     if damaged or known != FORMAT:
         raise Failure(f"{path} is damaged, or of another version of this script ({known}): train again")
     try:
-        return content | {"config": kinds[content["objective"]](**content["config"]), "path": path}
+        content["config"] = kinds[content["objective"]](**content["config"])
+        return content | {"path": path, "written": os.path.getmtime(path)}
     except (KeyError, TypeError, Failure) as error:
         reason = f"{content['objective']}: {error}"
         raise Failure(f"{path} is the lab's ({reason}): python -m noprop_lab evaluate {path}") from error
@@ -1019,8 +1027,8 @@ def pick_device(options: Options) -> torch.device:
     try:
         (probe := torch.zeros(1, device=name)).item()
         return probe.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        code = 2 if "device string" in str(error) else 1  # a name that there is not; a machine without it
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        code = 2 if "evice string" in str(error) else 1  # a name that there is not; a machine without it
         raise Failure(f"--device {name} can't be used here: {Failure(error)}", code) from error
 
 
@@ -1109,6 +1117,8 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
     """Train, evaluate, write all files; returns the exit code. content: of a checkpoint, to go on from."""
     with locked(options.output_dir), signals() as signalled:
         if content:
+            if os.path.getmtime(content["path"]) != content["written"]:  # it was read without the lock
+                raise Failure(f"{content['path']} was written by another run meanwhile: start again")
             state.resume(content, data.digest())
         else:
             keep_older(options.checkpoint(state.config))
@@ -1205,7 +1215,8 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     with locked(options.output_dir), caught_signals() as signalled:
         try:
             study = open_study(short, url, suggest)
-            for trial in study.get_trials(states=[TrialState.RUNNING]):  # its process was stopped or killed
+            running = study.get_trials(states=[TrialState.RUNNING])  # stopped or killed, but for the lab's
+            for trial in (x for x in running if "worker" not in x.user_attrs):
                 study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params)
             done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
@@ -1224,7 +1235,8 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     there = {}
     with suppress(Failure):  # there is none, or it is damaged, or the lab's
         there = read_checkpoint(options.checkpoint(config))
-    return run(State(config, device), data, options, there if there.get("config") == config else None)
+    begun = there.get("config") == config and there.get("data") == data.digest()  # weights alone have none
+    return run(State(config, device), data, options, there if begun else None)
 
 
 # --- Main --------------------------------------------------------------------------------------------------
@@ -1353,14 +1365,17 @@ def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int]
         stream.reconfigure(errors="backslashreplace")
     try:
         return execute(sys.argv[1:] if arguments is None else arguments)
-    except (Failure, FloatingPointError) as error:
+    except (Failure, FloatingPointError, OSError) as error:
         say(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 3)
+        return 1 if isinstance(error, OSError) else getattr(error, "code", 3)
     except SystemExit as stop:  # of --help, or of a search
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:  # the latter's text tells, on a CPU
+        lacks = re.search("not enough memory|out of memory|allocate memory", str(error))
+        if not (lacks or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+            raise
         say("error: out of memory: try a smaller --batch-size", file=sys.stderr)
         return 1
     finally:

@@ -53,7 +53,7 @@ def digest(value) -> str:
 def fingerprint(folder: Path) -> str:
     """The digest of everything in the checkpoint but the timings."""
     content = noprop.read_checkpoint(folder / "noprop_hybrid.pt")
-    content["path"] = None
+    content["path"] = content["written"] = None
     content["training"].pop("seconds")
     for record in content["training"]["history"]:
         record.pop("seconds")
@@ -125,7 +125,7 @@ def corrupt(rng: random.Random, rounds: int, checkpoint: Path, table: Counter, b
 
 
 def content_sum(path: Path) -> str:
-    return digest(noprop.read_checkpoint(path) | {"path": None})
+    return digest(noprop.read_checkpoint(path) | {"path": None, "written": None})
 
 
 def data_sum(folder: Path) -> str:

@@ -213,7 +213,8 @@ def end_of(config: LabConfig) -> Callable:
 
 def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """Print the test accuracy of a trained network, with the temperature and weights of the config."""
-    test = load_data(config, options.data_root, device).test
+    few = replace(config, batch_size=2, train_images=None)  # images to train on may be fewer than a batch
+    test = load_data(few, options.data_root, device).test
     if options.early_exit == 1:
         return noprop.print_accuracy(model, test, options.threads)
     probability, blocks = early_exit(model, test.images, options.early_exit)

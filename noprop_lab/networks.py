@@ -107,13 +107,6 @@ class LabState(State):
         super().__init__(config, device, model, objective_of(config))
         self.blocks = config.own_blocks
 
-    def load_part_state(self, name: str, states: list[dict[str, Any]]) -> None:
-        """Go on from part_state(). Raises Failure for an earlier version's: no optimizer would notice."""
-        shapes = {x.shape for moments in states[-1]["state"].values() for x in moments.values() if x.ndim}
-        if shapes - {self.parts[name].shape}:
-            raise Failure(f"{name} of the checkpoint is of an earlier version: train anew, without --resume")
-        super().load_part_state(name, states)
-
     def measure(self, data: Data, parallel) -> dict[str, Any]:
         if self.config.blocks:
             data = data._replace(val=None, test=None)

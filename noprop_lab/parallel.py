@@ -91,6 +91,8 @@ def pick_device(options: Options) -> torch.device:
             raise Failure(f"there are {gpus} GPUs: start so many processes at most, or add --device cpu")
         options = replace(options, device=f"cuda:{number}")
         torch.cuda.set_device(number)  # NCCL would take the first GPU for objects
+    elif "LOCAL_RANK" in os.environ and options.device == "auto":
+        options = replace(options, device="cpu")  # gloo takes no tensor on MPS
     return noprop.pick_device(options)
 
 

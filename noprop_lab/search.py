@@ -125,7 +125,9 @@ class Worker:
         self.short = replace(config, epochs=options.hpo_epochs)
         warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
         shared = replace(self.short, step_threads=1) if isinstance(config, WholeConfig) else self.short
-        self.study = noprop.open_study(shared, storage, self.suggest, options.hpo_objective)
+        images = self.data.digest() if config.dataset == "folder" else ""  # others are always the same
+        self.study = noprop.open_study(shared, storage, self.suggest, options.hpo_objective + images)
+        self.failed = 0  # 1: a picture can't be drawn
 
     def trials(self, *states: str) -> list:
         """The trials in these states. Those that count are COMPLETE or PRUNED."""
@@ -148,6 +150,7 @@ class Worker:
 
     def trial(self, trial, signalled: Callable[[], int]) -> float:
         """The objective: a short training."""
+        trial.set_user_attr("worker", True)  # so a search of the script leaves it alone
         try:
             return noprop.short_training(self.short, self.records, signalled, self.suggest, trial, self.cost)
         except SystemExit:
@@ -181,7 +184,7 @@ class Worker:
             noprop.write_file(folder / "hpo_best.json", content.encode())
             enough = len(complete) >= 8  # to tell which setting decides
             for what in ("history", "slices", "importance")[: 3 if enough else 2]:
-                noprop.picture(draw_search, folder / f"hpo_{what}.png", self, what)
+                self.failed |= noprop.picture(draw_search, folder / f"hpo_{what}.png", self, what)
         say("Files    hpo_best.json (for --config), hpo_*.png")
         return settings
 
@@ -225,22 +228,23 @@ def search(
                 say("Stopped. The same command goes on.")
                 return 128 + number
     if not options.hpo_final_run:
-        return 0
+        return worker.failed
     say("\nTraining with the best settings.")
     final = replace(config, **best)
     try:
-        return run(final, begun(options.checkpoint(final), final))
+        return max(worker.failed, run(final, begun(options.checkpoint(final), final, data.digest())))
     except Failure as failure:
         if not isinstance(failure.__cause__, Timeout):
             raise
         say("Another process trains in this folder already, so this one is done.")
-        return 0
+        return worker.failed
 
 
-def begun(path: Path, config: LabConfig) -> dict[str, Any] | None:
-    """The contents of a checkpoint of just this config, to go on from; None if there is none."""
+def begun(path: Path, config: LabConfig, images: str) -> dict[str, Any] | None:
+    """The contents of a checkpoint of just this config and these images, to go on from; or None."""
     try:
         content = read_checkpoint(path)
     except Failure:
         return None
-    return content if content["config"].saved() == config.saved() else None
+    fits = content["config"].saved() == config.saved() and content.get("data") == images
+    return content if fits else None

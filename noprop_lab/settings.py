@@ -78,6 +78,8 @@ class LabConfig(Config):
         yield all_images, "all_images leaves none to select by: it takes select last"
         mirror = "mirror is of dataset folder: the others know whether a mirror image is as good"
         yield other and self.mirror, mirror
+        yield self.mirror and not self.augment, "mirror is part of the augmentation: leave out no_augment"
+        yield len(self.classes) == 1, "classes must be two at least"
         for field in fields(self):
             idle = field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default
             yield idle, f"{field.name} has no effect on this objective: leave it out"

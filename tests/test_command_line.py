@@ -293,12 +293,38 @@ def test_one_bad_picture_among_many_and_the_others_are_answered(capsys, tmp_path
     assert output.err.startswith("error: cannot read the image") and output.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+OUT_OF_MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")]
+OUT_OF_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+OUT_OF_MEMORY += [RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_memory_that_runs_out_is_a_line(error, capsys):
     def execute(arguments: list[str]) -> int:
         raise error
 
     fails(capsys, 1, [], "out of memory", main=lambda arguments: noprop.main(arguments, execute))
+
+
+def test_a_fault_of_the_program_is_no_line():
+    def execute(arguments: list[str]) -> int:
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        noprop.main([], execute)
+
+
+@pytest.mark.parametrize(("name", "code"), [("", 2), ("gpu", 2), ("privateuseone", 1)])
+def test_a_device_that_is_not_there(name, code, capsys):
+    fails(capsys, code, [f"--device={name}"], f"--device {name} can't be used here")
+
+
+def test_deterministic_is_asked_of_torch():
+    try:
+        noprop.pick_device(noprop.Options(device="cpu", deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored():

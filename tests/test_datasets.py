@@ -298,6 +298,25 @@ def test_the_pictures_for_testing_are_not_trained_on_and_stay_when_others_are_ad
     assert test <= read()[1]
 
 
+def test_a_network_is_evaluated_on_fewer_pictures_than_a_batch(tmp_path, data):
+    write_pictures(tmp_path / "few", data.train, ORDER, 300)
+    config = LabConfig(dataset="folder", classes=tuple(sorted(ORDER)), num_blocks=1)
+    path = untrained(tmp_path / "run", config)
+    assert lab.main(["evaluate", str(path), f"--data-root={tmp_path / 'few'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--mirror", "--no-augment"], "mirror is part of the augmentation"),
+        (["--classes", "one"], "classes must be two at least"),
+    ],
+)
+def test_what_would_say_nothing_is_refused(more, word, tmp_path, data, capsys):
+    write_pictures(tmp_path / "a", data.train, ORDER, 100)
+    refused(capsys, 2, ["train", *small("folder", tmp_path / "a", tmp_path), *more], word)
+
+
 def test_bad_folders(tmp_path, capsys):
     flags = ["train", "--dataset=folder", f"--output-dir={tmp_path / 'out'}"]
     refused(capsys, 2, [*flags, f"--data-root={tmp_path / 'none'}"], "a folder of pictures for each class")

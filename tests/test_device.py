@@ -77,15 +77,17 @@ def test_parameters_start_where_a_gpu_can_read_them(name):
     assert {x.storage_offset() * x.element_size() % 16 for x in tensors} == {0}
 
 
-def test_moments_that_an_earlier_version_laid_out_otherwise_are_refused():
-    state = STATES["backprop, paper"]()
-    image, label = torch.rand(16, 1, 28, 28, device=META), torch.zeros(16, dtype=torch.int64, device=META)
-    step_of(state.config)(state, image, label, 0.01)
-    states = state.part_state("blocks.0")
-    moments = states[-1]["state"][0]
-    moments["exp_avg"] = moments["exp_avg"][:-3]
-    with pytest.raises(noprop.Failure, match="blocks.0 of the checkpoint is of an earlier version"):
-        state.load_part_state("blocks.0", states)
+def test_moments_that_are_laid_out_otherwise_are_refused():
+    """As an earlier version did, and as those of another block are."""
+    for state in (STATES["backprop, paper"](), noprop.State(noprop.Config(num_blocks=1, embed_dim=21))):
+        states = state.part_state("blocks.0")
+        optimizer = state.holders["blocks.0"][-1]
+        optimizer.step()
+        states = state.part_state("blocks.0")
+        moments = states[-1]["state"][0]
+        moments["exp_avg"] = moments["exp_avg"][:-3]
+        with pytest.raises(noprop.Failure, match="blocks.0 of the checkpoint is of another block, or"):
+            state.load_part_state("blocks.0", states)
 
 
 def test_what_a_graph_reads_is_what_each_step_draws(monkeypatch):

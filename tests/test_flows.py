@@ -290,9 +290,20 @@ def test_the_position_varies_with_t():
     assert (spread > 0.2).sum() > 45
 
 
+@BOTH
+def test_a_temperature_samples(kind):
+    model, image = build(kind(steps=3)).eval().requires_grad_(False), torch.rand(5, 1, 28, 28)
+    cold, one, two = (model(image, t, noprop.generator(i)) for t, i in ((0.0, 1), (1.0, 1), (1.0, 2)))
+    assert not torch.equal(one, two) and not torch.equal(one, cold)
+    if kind is CTConfig:  # whose steps draw too
+        model.start = lambda image, *_: image.new_zeros(len(image), 20)
+        assert not torch.equal(model(image, 1.0, noprop.generator(1)), model(image, 1.0, noprop.generator(2)))
+
+
 @pytest.mark.slow
 @BOTH
 def test_the_papers_setting(kind, small_data):
+    assert [kind.paper(x).epochs for x in ("mnist", "cifar10", "cifar100")] == [100, 500, 1000]
     config = kind.paper()
     assert (config.epochs, config.batch_size, config.lr, config.weight_decay) == (100, 128, 1e-3, 1e-3)
     assert (config.block, config.steps, config.draws, config.temperature) == ("paper", 1000, 1, 1.0)

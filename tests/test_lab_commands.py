@@ -365,6 +365,16 @@ def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, caps
     assert vars(found) | {"embed_dim": None} == vars(config) | {"embed_dim": None}
 
 
+@pytest.mark.parametrize("main", [noprop.main, lab.main])
+def test_a_checkpoint_whose_weights_are_not_those_of_its_settings(tmp_path, capsys, main):
+    """As those of a block of the reader's own, which the settings do not name."""
+    content = contents(path := untrained(tmp_path, LabConfig(num_blocks=2)))
+    command = ["--evaluate" if main is noprop.main else "evaluate", str(path)]
+    for change in ({"config": content["config"] | {"num_blocks": 3}}, {"model": {}}, {"model": None}):
+        torch.save(content | change, path)
+        refused(capsys, 2, command, f"{path} does not hold the weights of its settings", main=main)
+
+
 def test_a_part_of_a_network_is_no_network(tmp_path, capsys):
     path = untrained(tmp_path, replace(PARTS, num_blocks=3))
     for read, word in ((load, "holds blocks 1-2 alone"), (noprop.load, "noprop_lab")):

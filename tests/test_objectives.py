@@ -87,10 +87,11 @@ def test_what_is_skipped_is_added():
     assert torch.equal(dt.Residual(layer)(x), x + layer(x))
 
 
-def test_the_papers_block_has_its_size():
-    assert sum(x.numel() for x in dt.PaperBlock((1, 28, 28), 20, 10).parameters()) == pytest.approx(
-        2.0e6, rel=0.02
-    )
+def test_the_papers_block_has_its_size_and_its_order():
+    block = dt.PaperBlock((1, 28, 28), 20, 10)
+    assert sum(x.numel() for x in block.parameters()) == pytest.approx(2.0e6, rel=0.02)
+    layers = [type(x).__name__ for x in block.image if isinstance(x, nn.Conv2d | nn.MaxPool2d)]
+    assert layers == ["Conv2d", "MaxPool2d", "Conv2d", "Conv2d", "MaxPool2d"]
 
 
 def test_the_papers_block_skips_in_the_way_of_the_label_and_its_recipe_is_the_papers():

@@ -166,6 +166,27 @@ def test_processes_with_other_images_do_not_train(monkeypatch, tmp_path, data):
         parallel.run(state, data, noprop.Options(output_dir=tmp_path), None, noprop.finish)
 
 
+def test_processes_save_when_it_is_time():
+    saved = []
+
+    class Saves:
+        config = LabConfig()
+
+        def save(self, path: Path, digest: str) -> None:
+            saved.append(path)
+
+    agreed = parallel.agreement(Saves(), "", noprop.Options(checkpoint_minutes=1e-9), lambda: 0)
+    assert not any(agreed() for _ in range(2 * parallel.CONTROL_STEPS)) and len(saved) == 2
+
+
+def test_processes_on_a_mac_take_the_cpu(monkeypatch):
+    """gloo can't add up what is on MPS."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda _=False: torch.device("mps"))
+    assert parallel.pick_device(noprop.Options()).type == "cpu"
+
+
 def test_what_is_not_for_processes_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "rank_and_size", lambda: (0, 2))
     for command in (["search"], ["evaluate", "a.pt"], ["merge", "a.pt", "b.pt"]):

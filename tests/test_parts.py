@@ -8,6 +8,7 @@ from conftest import noprop, same
 from laboratory import contents, equal, flags_of, lab, quick_lab, refused, untrained
 
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.settings import LabConfig
 
 FIXED = "--embedding=fixed"
 
@@ -97,6 +98,14 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
     monkeypatch.setattr(lab, "load_data", fewer)
     refused(capsys, 2, [*command, *files], "the images are not those that")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"target": "noise"}, {"classify": "z"}, {"block": "deep"}])
+def test_a_block_that_is_asked_otherwise_takes_no_place(change, tmp_path, capsys):
+    whole = untrained(tmp_path / "whole", LabConfig(num_blocks=2, embedding="fixed"))
+    part = LabConfig(num_blocks=2, embedding="fixed", select="last", blocks="1", **change)
+    files = [str(whole), str(untrained(tmp_path / "part", part))]
+    refused(capsys, 2, ["merge", *files, f"--output-dir={tmp_path}"], f"differ in {[*change][0]}")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from laboratory import contents, lab, refused
 from PIL import Image
 from test_properties import SAME, check_line, pictures
 
+from noprop_lab import networks
 from noprop_lab.pictures import (
     asked,
     ink_of,
@@ -91,6 +92,11 @@ def test_the_command_that_makes_it(tmp_path, capsys):
     assert all(
         torch.equal(x, contents(target)["model"][name]) for name, x in contents(source)["model"].items()
     )
+    for by_average in (True, False):  # what answers stays the same
+        state.by_average = by_average
+        state.save(source, "of no images")
+        target.write_bytes(networks.weights_only(source))
+        assert networks.load(target).by_average == networks.load(source).by_average == by_average
     refused(capsys, 2, ["weights", str(source), str(target)], "small.pt is there already")
     refused(capsys, 2, ["weights", str(source)], "weights takes a checkpoint and the file to write")
 
@@ -174,6 +180,24 @@ def test_digits_on_paper_are_answered_in_the_mean_of_three_views(data):
             assert abs(ours.numpy().astype(int) - theirs).max() <= 4
     found = asked(lambda x: x.float().flatten(1).mean(1), views)
     torch.testing.assert_close(found, views.float().mean((0, 2, 3, 4)))
+
+
+def test_the_picture_in_the_repository(capsys):
+    assert lab.main(["predict", str(WEIGHTS), str(ROOT / "docs/img/digits.jpg")]) == 0
+    assert "digits.jpg: 9 5 6 8  (" in capsys.readouterr().out
+    assert "9 5 6 8" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_predict_leaves_early(tmp_path, monkeypatch, data):
+    asked = []
+    Image.fromarray(data.test.images[0, 0].numpy()).save(path := tmp_path / "seven.png")
+
+    def early_exit(model, images, probability):
+        asked.append(probability)
+        return torch.eye(10)[: len(images)], None
+
+    monkeypatch.setattr(lab, "early_exit", early_exit)
+    assert lab.main(["predict", str(WEIGHTS), str(path), "--early-exit=0.5"]) == 0 and asked == [0.5]
 
 
 def test_what_predict_prints(tmp_path, data, capsys):

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +159,29 @@ def test_a_run_on_other_images_is_not_resumed(tmp_path, capsys):
     state = noprop.State(noprop.Config(**TINY))
     with pytest.raises(noprop.Failure, match="the images are not those that"):
         state.resume(content, other.digest())
+
+
+def test_what_was_written_since_it_was_read_is_not_written_over(tmp_path):
+    """By another run that ended between this one's start and its lock."""
+    config, path = noprop.Config(**TINY), tmp_path / "noprop_hybrid.pt"
+    assert run(tmp_path) == 0
+    stale, fresh = noprop.read_checkpoint(path), noprop.read_checkpoint(path)
+    data, options = noprop.load_data(config), noprop.Options(output_dir=tmp_path)
+    assert noprop.run(noprop.State(replace(config, epochs=4)), data, options, fresh) == 0
+    with pytest.raises(noprop.Failure, match="was written by another run meanwhile"):
+        noprop.run(noprop.State(replace(config, epochs=3)), data, options, stale)
+    assert noprop.read_checkpoint(path)["training"]["step"] == 16
+
+
+def test_an_older_file_that_can_not_be_renamed_is_a_line(tmp_path, monkeypatch, capsys):
+    """As one of another user in a sticky folder."""
+    (tmp_path / "noprop_hybrid.pt").write_text("another user's")
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", forbidden)
+    fails(capsys, 1, tiny_flags(tmp_path), "Permission denied")
 
 
 @pytest.mark.parametrize("place", ["evaluate", "write_file"])  # of the last epoch, of the results

@@ -9,6 +9,8 @@ import subprocess
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -16,10 +18,11 @@ import pytest
 from conftest import CPU, ended, noprop, start, wait_until
 from filelock import FileLock, Timeout
 from laboratory import contents, equal, few_images, flags_of, lab, quick_lab, refused
+from PIL import Image
 
 from noprop_lab import search as hpo
 from noprop_lab.networks import LabState
-from noprop_lab.settings import LabOptions
+from noprop_lab.settings import LabConfig, LabOptions
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +77,46 @@ def wait_until_it_runs(folder: Path, process: multiprocessing.Process) -> None:
             return False
 
     wait_until(running, process)
+
+
+def test_a_final_run_goes_on_from_just_its_settings_and_images(tmp_path):
+    LabState(config := LabConfig(num_blocks=1)).save(path := tmp_path / "noprop_hybrid.pt", "of these")
+    assert hpo.begun(path, config, "of these") and not hpo.begun(path, config, "of others")
+    assert not hpo.begun(path, replace(config, lr=0.02), "of these")
+
+
+def test_a_picture_that_fails_is_exit_code_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(hpo, "draw_search", lambda *_: 1 / 0)
+    more = ["--hpo-trials=1", "--hpo-epochs=1", "--no-hpo-final-run", "--threads=1"]
+    assert lab.main(["search", *flags_of(tmp_path, *more)]) == 1
+
+
+def test_trials_on_other_pictures_are_of_another_study_and_their_run_is_another(tmp_path, capsys):
+    for shade, place in enumerate("ab"):
+        for k, name in enumerate("xy"):
+            (folder := tmp_path / place / name).mkdir(parents=True)
+            for i in range(30):
+                Image.new("RGB", (30, 30), (7 * i, 99 * shade, 200 * k)).save(folder / f"{i}.png")
+        flags = ["--dataset=folder", "--batch-size=16", "--num-blocks=1", "--epochs=1", "--threads=1"]
+        flags += ["--hpo-trials=1", "--hpo-epochs=1", f"--data-root={tmp_path / place}"]
+        assert lab.main(["search", *flags, f"--output-dir={tmp_path}"]) == 0
+    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / 'noprop_hpo.db'}")) == 2
+    assert "1 are done" not in capsys.readouterr().out and (tmp_path / "noprop_hybrid.1.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_scripts_search_leaves_a_living_workers_trial_alone(tmp_path):
+    more = ["--hpo-trials=1", "--hpo-epochs=1", "--threads=1"]
+    config, options, _ = lab.read_command_line("search", flags_of(tmp_path, *more))
+    worker = hpo.Worker(config, options, noprop.load_data(config), None, hpo.storage_of(options, 10, 60))
+
+    def new_state(config: LabConfig) -> LabState:
+        assert noprop.main(["--run-hpo", *flags_of(tmp_path, *more)]) == 0  # while the trial runs
+        return LabState(config)
+
+    worker.new_state = new_state
+    worker.study.optimize(partial(worker.trial, signalled=lambda: 0), n_trials=1)
+    assert worker.study.trials[0].state.name == "COMPLETE"
 
 
 @pytest.mark.parametrize("objective", ["hybrid", "dt"])

@@ -460,6 +460,22 @@ def test_what_the_picture_of_the_denoising_shows(small_data):
         assert shares[:, 0].max() < 0.2 and shares[:, -1].argmax() == int(digit.get_title().split()[0])
     for i, digit in enumerate(digits[:6]):
         assert np.allclose(digit.get_images()[0].get_array(), small_data.test.images[i, 0] / 255)
+    certainty = model.probabilities(small_data.test.images)[:, -1].gather(1, small_data.test.labels[:, None])
+    hard = small_data.test.images[certainty[:, 0].argsort()[:24], 0] / 255
+    for digit in digits[6:]:
+        assert any(np.allclose(digit.get_images()[0].get_array(), image) for image in hard)
+
+
+def test_the_picture_of_the_denoising_is_of_samples_as_the_paper_draws_them(small_data, monkeypatch):
+    model, seen, step = noprop.build(noprop.Config(num_blocks=4)).eval(), [], noprop.NoProp.step
+
+    def watched(self, t, image, z, temperature=0.0, noise=None):
+        seen.append((temperature, self.steps))
+        return step(self, t, image, z, temperature, noise)
+
+    monkeypatch.setattr(noprop.NoProp, "step", watched)
+    noprop.draw_denoising(model, small_data.test)
+    assert seen[-4:] == [(1.0, noprop.reverse_steps(model.alpha_bar).tolist())] * 4
 
 
 # --- Search ------------------------------------------------------------------------------------------------
