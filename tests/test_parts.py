@@ -60,6 +60,8 @@ def test_a_block_of_a_whole_network_is_exchanged(tmp_path):
     assert lab.main(["train", *flags]) == 0
     assert lab.main(["train", "--resume", f"--output-dir={new}"]) == 0
     assert merge(whole, new, into=tmp_path) == 0
+    histories = [checkpoint(x)["training"]["history"] for x in (whole, tmp_path)]
+    assert histories[0] == histories[1]  # of the whole network, to which the new block's losses do not add
     old, new, merged = (checkpoint(x)["model"] for x in (whole, new, tmp_path))
     assert not same(old, merged)
     for name, value in merged.items():
