@@ -296,7 +296,7 @@ class Hybrid:
     """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) for each block, and cross-entropy for the classifier, the head of block T.
 
     û is linear in ε̂: with SNR = ᾱ/(1-ᾱ) that is (η₁ + η₂/SNR) MSE(ε̂, ε) = (η₁ SNR + η₂) MSE(û, u).
-    W = 0 would make it small; with the cross-entropy beside it, W's rows end at squared lengths of .7 to 2.2.
+    W = 0 would make it small; with the cross-entropy beside it W's rows end at squared lengths of 1.8 to 2.2.
     """
 
     eta: float = 2.0
@@ -472,8 +472,10 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        parts = (*self.train, *self.val, *(self.test or ()))
-        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in parts)).hexdigest()
+        sha = hashlib.sha256()
+        for part in (*self.train, *self.val, *(self.test or ())):
+            sha.update(part.cpu().numpy().tobytes())
+        return sha.hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
@@ -577,7 +579,7 @@ def flatten(part: nn.Module) -> nn.Parameter:
 
     So a block's clip, its optimizer's step and its average are one operation each, not one a tensor.
     """
-    *others, last = (x for x in part.parameters() if x.requires_grad)
+    *others, last = [x for x in part.parameters() if x.requires_grad] or part.parameters()
     sizes = [x.numel() + -x.numel() % 4 for x in others] + [last.numel()]  # 16 bytes: so a GPU reads them
     flat = nn.Parameter(last.new_zeros(sum(sizes)))
     flat.grad = torch.zeros_like(flat)
@@ -837,7 +839,7 @@ def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config
     """Contents of a checkpoint; its "config" becomes that of its objective in kinds. Raises Failure."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch writes checksums, and does not look at them
+            written, damaged = os.path.getmtime(path), file.testzip()  # torch looks at no checksum
         known = (content := torch.load(path, map_location="cpu", weights_only=True))["format"]
     except Exception as error:  # a damaged file can raise anything here
         reason = getattr(error, "strerror", None) or "it is no checkpoint of this script, or damaged"
@@ -846,10 +848,10 @@ def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config
         raise Failure(f"{path} is damaged, or of another version of this script ({known}): train again")
     try:
         content["config"] = kinds[content["objective"]](**content["config"])
-        return content | {"path": path, "written": os.path.getmtime(path)}
+        return content | {"path": path, "written": written}
     except (KeyError, TypeError, Failure) as error:
-        reason = f"{content['objective']}: {error}"
-        raise Failure(f"{path} is the lab's ({reason}): python -m noprop_lab evaluate {path}") from error
+        lab = f"the lab's: python -m noprop_lab evaluate {path}" if len(kinds) == 1 else "of another version"
+        raise Failure(f"{path} ({content['objective']}: {error}) is {lab}") from error
 
 
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:
@@ -902,7 +904,7 @@ def draw_progress(summary: dict[str, Any]):
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False)
+        axes.legend(*axes.get_legend_handles_labels(), frameon=False)  # which may be none
     return figure
 
 
@@ -953,7 +955,9 @@ def read_digit(path: Path) -> Tensor:
         with Image.open(path) as file:
             file = file.point(lambda x: x / 256).convert("L") if file.mode[0] == "I" else file  # 16 bits
             upright = ImageOps.exif_transpose(file).convert("RGBA")
-        ground = Image.new("RGBA", upright.size, "gray")  # of what is transparent: ink may be dark or light
+        alpha, shade = (np.asarray(x, np.float32) for x in (upright.getchannel("A"), upright.convert("L")))
+        light = 0 < alpha.mean() < 128 and np.average(shade, weights=alpha) > 128  # ink on nothing
+        ground = Image.new("RGBA", upright.size, "black" if light else "white")
         gray = np.asarray(Image.alpha_composite(ground, upright).convert("L"), np.float32)
     except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
@@ -1114,19 +1118,24 @@ Files            {", ".join(x.name for x in files)} in {options.output_dir.resol
 
 
 def run(state, data, options, content=None, step=train_step, end=finish, signals=caught_signals) -> int:
-    """Train, evaluate, write all files; returns the exit code. content: of a checkpoint, to go on from."""
-    with locked(options.output_dir), signals() as signalled:
-        if content:
-            if os.path.getmtime(content["path"]) != content["written"]:  # it was read without the lock
-                raise Failure(f"{content['path']} was written by another run meanwhile: start again")
-            state.resume(content, data.digest())
-        else:
-            keep_older(options.checkpoint(state.config))
-        weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
-        more = f"resuming, {state.step} steps are done" if content else f"{images:,} images"
-        say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {more}")
-        code = train_and_save(state, data, options, step, signalled)
-        return max(code, end(state, data, options))
+    """Train, evaluate, write all files; returns the exit code.
+
+    content: of a checkpoint, to go on from; signals: as caught_signals(), or what several processes agree on.
+    """
+    with locked(options.output_dir):
+        stale = content and os.path.getmtime(content["path"]) != content["written"]
+        if stale:  # it was read without the lock
+            raise Failure(f"{content['path']} was written by another run meanwhile: start again")
+        with signals() as signalled:
+            if content:
+                state.resume(content, data.digest())
+            else:
+                keep_older(options.checkpoint(state.config))
+            weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
+            more = f"resuming, {state.step} steps are done" if content else f"{images:,} images"
+            say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {more}")
+            code = train_and_save(state, data, options, step, signalled)
+            return max(code, end(state, data, options))
 
 
 # --- Search ------------------------------------------------------------------------------------------------
@@ -1154,15 +1163,19 @@ def short_training(config, records, signalled, suggest, trial, cost=lambda recor
     seed = generator(config.seed, "search", trial.number).initial_seed() % 2**32
     trial.study.sampler = samplers.TPESampler(seed=seed)
     trial.set_user_attr("settings", settings := suggest(trial))
+    worse = False
     try:
         for record in records(replace(config, **settings)):
+            if worse:  # and the training goes on
+                raise TrialPruned
             if number := signalled():
                 say("Stopped. The same command goes on.")
                 raise SystemExit(128 + number)  # Optuna takes no notice: the trial is running, and run again
             if record:
                 trial.set_user_attr("record", record)
                 trial.report(value := cost(record), record["epoch"])
-                if not math.isfinite(value) or (record["epoch"] < config.epochs and trial.should_prune()):
+                worse = trial.should_prune()
+                if not math.isfinite(value):
                     raise TrialPruned
     except FloatingPointError as error:
         raise TrialPruned from error
@@ -1219,9 +1232,9 @@ def search(config: Config, options: Options, device: torch.device) -> int:
             for trial in (x for x in running if "worker" not in x.user_attrs):
                 study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params)
-            done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
             objective = partial(short_training, short, records, signalled, suggest)
-            study.optimize(objective, max(0, options.hpo_trials - done), callbacks=[print_trial])
+            while len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])) < options.hpo_trials:
+                study.optimize(objective, n_trials=1, callbacks=[print_trial])  # the lab's may work beside it
             complete = study.get_trials(states=[TrialState.COMPLETE])
         except (SQLAlchemyError, OptunaError) as error:
             raise Failure(f"{path}: {Failure(error)}", 1) from error
@@ -1277,14 +1290,15 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
     def fail(message: str) -> None:
         command = next((COMMANDS[x] for x in (x.split("=")[0] for x in arguments) if x in COMMANDS), "train")
-        raise Failure(f"{message}: see --help, or python -m noprop_lab {command} --help")
+        lab = f", or python -m noprop_lab {command} --help" * (prog == "noprop_example.py")
+        raise Failure(f"{message}: see --help{lab}")
 
     about = "NoProp, see README.md. Flags are shown with defaults; of choices, the first is the default."
     form, flags, groups = partial(argparse.HelpFormatter, max_help_position=40), [], {}
     how = dict(formatter_class=form, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     how |= {"conflict_handler": "resolve"}  # a subclass may define a field anew
     parser = argparse.ArgumentParser(prog, f"{prog} [flags]", about, **how)
-    parser.error = fail
+    parser.error, parser.print_help = fail, lambda: say(parser.format_help(), end="")
     for kind in kinds:
         hints, source = get_type_hints(kind), "".join(map(source_of, reversed(kind.__mro__[:-1])))
         for title, name, comment in re.findall(SETTING, source, re.MULTILINE):
@@ -1300,7 +1314,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
         rest += unknown
     elif unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.8)
-        fail(f"{unknown[0]} is no flag here" + (f", is {near[0]} meant?" if near else ""))
+        fail(f"{unknown[0]} is no flag here" + (f" (is {near[0]} meant?)" if near else ""))
     return {name: tuple(x) if isinstance(x, list) else x for name, x in vars(found).items()}
 
 

@@ -16,6 +16,8 @@ It imports the script, which never imports it. python -m noprop_lab --help names
     parallel.py   blocks spread over processes, by torchrun
     search.py     several workers, on several machines
     early_exit.py an image leaves the chain once the answer is sure
+    graphs.py     a training step as one CUDA graph
+    demo.py       a page on which one draws a digit
     __main__.py   the commands
     weights/      the default's trained network
 """

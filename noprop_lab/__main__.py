@@ -72,7 +72,12 @@ def read_command_line(
     if options.resume:
         say(f"Nothing to resume at {path}: starting from the beginning.")
     given = settings_in(arguments, CONFIGS[options.named_objective or "hybrid"], read)
-    return replace(start_of(options, block=given.get("block")), **given), options, None
+    config = replace(start_of(options, block=given.get("block")), **given)
+    if config.mirror and not config.augment:
+        raise Failure("mirror is part of the augmentation: leave out no_augment")
+    if len(config.classes) == 1:
+        raise Failure("classes must be two at least")
+    return config, options, None
 
 
 def checkpoint_of(options: LabOptions) -> Path:
@@ -142,8 +147,9 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
         if named and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"
             raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
-    named, plain = read_settings(options.config), type(implied)
-    named = {name: x for name, x in vars(implied).items() if name in named or x != getattr(plain, name)}
+    file, plain = read_settings(options.config), type(implied)
+    named = {name: x for name, x in vars(implied).items() if name in file or x != getattr(plain, name)}
+    named |= {"dataset": file["dataset"]} if "dataset" in file and not options.dataset else {}
     config = noprop.over_checkpoint(content, named | given, free)
     if options.resume and saved.dataset == "folder" and not implied.classes and "classes" not in given:
         there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))

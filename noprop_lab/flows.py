@@ -196,5 +196,5 @@ def draw_progress(summary: dict[str, Any], schedule: nn.Module | None = None):
         schedule.draw(last)
     for axes in (losses, steps, last):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(*axes.get_legend_handles_labels(), frameon=False)
     return figure

@@ -173,7 +173,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
     started = False
 
     @contextlib.contextmanager
-    def agreed() -> Iterator[Callable[[], int]]:
+    def signals() -> Iterator[Callable[[], int]]:
         nonlocal started
         with noprop.caught_signals() as signalled:
             started = True
@@ -182,7 +182,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
 
     if rank_and_size()[0] == 0:
         try:
-            return noprop.run(state, data, often, content, noprop.train_step, end, agreed)
+            return noprop.run(state, data, often, content, noprop.train_step, end, signals)
         except Failure as failure:
             if not started:
                 collective(dist.broadcast_object_list, [None, failure])  # as on_first() does

@@ -46,10 +46,12 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
     for part, other in zip(contents[1:], configs[1:], strict=True):
         put_in(whole, part, part_names(other.own_blocks, other.num_blocks), exchange=not configs[0].blocks)
     data = load_data(config, options.data_root, device)
+    whole["made_with"] = noprop.made_with(device)  # nothing is trained further
     state = LabState(config, device)
     state.resume(whole, data.digest())
     with noprop.locked(options.output_dir):
-        noprop.keep_older(options.checkpoint(config))
+        noprop.keep_older(path := options.checkpoint(config))
+        state.save(path, data.digest())
         return noprop.finish(state, data, options)
 
 

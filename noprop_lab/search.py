@@ -45,6 +45,12 @@ def url_of(options: LabOptions):
     return URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
 
 
+def run_again(study, trial) -> None:
+    """Put the trial of a dead worker back into the queue; who takes it says anew whose it is."""
+    trial.user_attrs.pop("worker", None)
+    optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
+
+
 def storage_of(options: LabOptions, heartbeat: int, grace: int):
     """Optuna's storage, in which a trial shows every so many seconds that its worker is alive."""
     url = url_of(options)
@@ -55,7 +61,7 @@ def storage_of(options: LabOptions, heartbeat: int, grace: int):
         engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {},
         heartbeat_interval=heartbeat,
         grace_period=grace,
-        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+        heartbeat_stale_trial_callback=run_again,
     )
     try:
         storage = make()
@@ -126,7 +132,8 @@ class Worker:
         warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
         shared = replace(self.short, step_threads=1) if isinstance(config, WholeConfig) else self.short
         images = self.data.digest() if config.dataset == "folder" else ""  # others are always the same
-        self.study = noprop.open_study(shared, storage, self.suggest, options.hpo_objective + images)
+        judged_by = f"{options.hpo_objective} {images}".strip()
+        self.study = noprop.open_study(shared, storage, self.suggest, judged_by)
         self.failed = 0  # 1: a picture can't be drawn
 
     def trials(self, *states: str) -> list:

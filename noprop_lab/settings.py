@@ -67,19 +67,18 @@ class LabConfig(Config):
 
     def faults(self):
         yield from super().faults()
-        own, other = self.embed_dim in (None, self.dim), self.dataset != "folder"
-        yield not own, f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out"
+        fault = f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out"
+        yield self.embed_dim not in (None, self.dim), fault
         yield self.embed_scale == 0, "embed_scale 0 makes all labels the same"
         yield self.image_size < 28, f"image_size must be at least 28, not {self.image_size}"
-        sized, twice = self.image_size != LabConfig.image_size, len(set(self.classes)) < len(self.classes)
-        yield other and sized, "image_size is of dataset folder: the others have a size of their own"
+        other, twice = self.dataset != "folder", len(set(self.classes)) < len(self.classes)
+        fault = "image_size is of dataset folder: the others have a size of their own"
+        yield other and self.image_size != LabConfig.image_size, fault
         yield (other and self.classes) or twice, "classes are those of dataset folder, each of them once"
-        all_images = self.all_images and self.select != "last"
-        yield all_images, "all_images leaves none to select by: it takes select last"
-        mirror = "mirror is of dataset folder: the others know whether a mirror image is as good"
-        yield other and self.mirror, mirror
-        yield self.mirror and not self.augment, "mirror is part of the augmentation: leave out no_augment"
-        yield len(self.classes) == 1, "classes must be two at least"
+        fault = "all_images leaves none to select by: it takes select last"
+        yield self.all_images and self.select != "last", fault
+        fault = "mirror is of dataset folder: the others know whether a mirror image is as good"
+        yield other and self.mirror, fault
         for field in fields(self):
             idle = field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default
             yield idle, f"{field.name} has no effect on this objective: leave it out"
@@ -189,11 +188,11 @@ class LabOptions(Options):
         asks, early = self.evaluate or self.predict, self.early_exit
         yield not 0 < early <= 1, f"early_exit must be above 0, at most 1, not {early}"
         yield early < 1 and not asks, "early_exit goes with evaluate or predict"
-        embedding = "--embedding-from is of training: a search has the embedding that it starts from"
-        yield self.run_hpo and self.embedding_from, embedding
+        fault = "--embedding-from is of training: a search has the embedding that it starts from"
+        yield self.run_hpo and self.embedding_from, fault
         yield self.graphs and asks, "--graphs is of training: leave it out"
-        whole = f"search, evaluate and predict take all blocks, not {self.blocks} alone"
-        yield self.blocks and (self.run_hpo or asks), whole
+        fault = f"search, evaluate and predict take all blocks, not {self.blocks} alone"
+        yield self.blocks and (self.run_hpo or asks), fault
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
     ("arguments", "word"),
     [
         (["--bogus", "1"], "--bogus is no flag here: see --help"),
-        (["--epoch=1"], "--epoch=1 is no flag here, is --epochs meant?"),
+        (["--epoch=1"], "--epoch=1 is no flag here (is --epochs meant?)"),
         (["--presett", "accurate", "--lr", ".1"], "is --preset meant?"),
         (["a.png"], "a.png is no flag"),
         (["--epochs", "many"], "--epochs"),

@@ -79,7 +79,8 @@ def trained(kind, config, gpu, images, step, steps=20, resume_at=None):
         if state.step == resume_at:
             training = {name: getattr(state, name) for name in state.POSITION}
             training["parts"] = {name: state.part_state(name) for name in state.parts}
-            content = {"training": training, "model": {}, "data": "", "made_with": noprop.made_with(gpu)}
+            content = {"training": training, "model": {}, "data": "", "path": ""}
+            content["made_with"] = noprop.made_with(gpu)
             state = kind(config, gpu, images)
             state.resume(content, "")
             records, resume_at = noprop.train(state, images, step, steps_too=True), None

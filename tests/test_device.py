@@ -80,7 +80,6 @@ def test_parameters_start_where_a_gpu_can_read_them(name):
 def test_moments_that_are_laid_out_otherwise_are_refused():
     """As an earlier version did, and as those of another block are."""
     for state in (STATES["backprop, paper"](), noprop.State(noprop.Config(num_blocks=1, embed_dim=21))):
-        states = state.part_state("blocks.0")
         optimizer = state.holders["blocks.0"][-1]
         optimizer.step()
         states = state.part_state("blocks.0")

@@ -489,7 +489,7 @@ def test_what_contradicts_a_checkpoint_is_one_line(capsys, tmp_path):
     refused(capsys, 2, resume, "--steps 7 contradicts")
     (tmp_path / "noprop_ct.pt").rename(tmp_path / "noprop_fm.pt")
     refused(capsys, 2, ["train", "--resume", "--objective=fm", f"--output-dir={tmp_path}"], "fm contradicts")
-    refused(capsys, 2, ["--evaluate", fm], "is the lab's (ct", main=noprop.main)
+    refused(capsys, 2, ["--evaluate", fm], "(ct: 'ct') is the lab's", main=noprop.main)
 
 
 @pytest.mark.slow

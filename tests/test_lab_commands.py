@@ -230,6 +230,9 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("search --config part.json", "a search judges whole networks by validation images"),
         ("merge", "merge takes two checkpoints at least"),
         ("merge F", "merge takes two checkpoints at least"),
+        ("merge a b --threads x", "--threads: invalid int value: 'x': see --help\n"),
+        ("demo --bogus 1", "--bogus is no flag here: see --help\n"),
+        ("evaluate K --config set.json", "--dataset mnist contradicts K, which has kmnist"),
         ("merge a b --lr 99", "merge takes no --lr"),
         ("merge a b --preset paper", "merge takes no --preset"),
         ("merge --objective dt a b", "merge takes no --objective"),
@@ -245,6 +248,7 @@ def test_what_is_refused_is_named(arguments, word, two_networks, tmp_path, monke
     for path in two_networks:
         shutil.copy(path, tmp_path)
     (tmp_path / "ten.json").write_text('{"num_blocks": 10}')
+    (tmp_path / "set.json").write_text('{"dataset": "mnist"}')
     (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
     part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}
     (tmp_path / "part.json").write_text(json.dumps(part))
@@ -357,7 +361,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
 def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):
     path = untrained(tmp_path, config)
     for arguments in (["--evaluate", str(path)], ["--predict", str(path), "a.png"]):
-        refused(capsys, 2, arguments, f"{path} is the lab's", "-m noprop_lab evaluate", main=noprop.main)
+        refused(capsys, 2, arguments, "is the lab's: python -m noprop_lab evaluate", main=noprop.main)
     with pytest.raises(noprop.Failure, match="python -m noprop_lab"):
         noprop.load(path)
     found = load(path).config

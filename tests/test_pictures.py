@@ -58,10 +58,15 @@ def test_the_scripts_reader_takes_what_lies_on_its_head_has_16_bits_or_no_ground
     Image.fromarray(digit.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     plain, *others = (noprop.read_digit(tmp_path / f"{x}.png") for x in ("plain", "turned", "deep"))
     assert all(torch.equal(x, plain) for x in others)
-    for shade in (0, 255):  # ink on a transparent ground
+    for shade in (0, 128, 255):  # ink on a transparent ground
         pixels = np.dstack([np.full((28, 28, 3), shade, np.uint8), digit])
         Image.fromarray(pixels).save(path := tmp_path / "ink.png")
         assert (noprop.read_digit(path).int() - plain.int()).abs().max() <= 2
+    card = np.zeros((48, 48, 4), np.uint8)  # black on a white card, in a frame of nothing
+    card[4:44, 4:44] = 255
+    card[10:38, 10:38, :3] -= digit[..., None]
+    Image.fromarray(card).save(path)
+    assert (noprop.read_digit(path).int() - plain.int()).abs().float().mean() < 12
 
 
 def test_it_is_as_accurate_as_is_said_on_a_part(network, data):

@@ -156,9 +156,9 @@ def test_a_run_on_other_images_is_not_resumed(tmp_path, capsys):
     assert data.digest() == noprop.load_data(noprop.Config(**TINY)).digest() != other.digest()
     assert noprop.main(tiny_flags(tmp_path)) == 0
     content = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
-    state = noprop.State(noprop.Config(**TINY))
+    state, options = noprop.State(noprop.Config(**TINY)), noprop.Options(output_dir=tmp_path)
     with pytest.raises(noprop.Failure, match="the images are not those that"):
-        state.resume(content, other.digest())
+        noprop.run(state, other, options, content)
 
 
 def test_what_was_written_since_it_was_read_is_not_written_over(tmp_path):
