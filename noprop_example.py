@@ -156,7 +156,7 @@ def mlp(*widths: int) -> nn.Sequential:
 class DenoisingBlockPaper(nn.Module):
     """Block t: a CNN for the image, an MLP for the noisy label, a joint head; (x, z_{t-1}) -> ε̂_t.
 
-    Its parts are the paper's; their sizes, and û in place of ε̂, are not (PaperBlock in noprop_lab/dt.py).
+    Its parts are the paper's, their sizes are not: the paper's own block is PaperBlock in noprop_lab/dt.py.
     size: of SIZES. Each of convs, (channels, kernel, stride, padding, pool), is followed by a max-pool of
         stride 2 (0: none), a batch norm, to which the pool leaves a quarter of the work, and a ReLU.
     target: what the network f inside the block computes. "label": f estimates û, and the noise follows,
