@@ -43,15 +43,18 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
         "$python" -m venv "$env" || fail "could not make $env (see above)"
     fi
     echo "Installing the requirements (about 6 GB with CUDA builds of torch; minutes) ..." >&2
+    was=$(cat "$stamp" 2>/dev/null || true)
     rm -f "$stamp"
     env -u PYTHONPATH \
-        "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 ||
-        fail "the installation failed (see above); the next call tries again"
+        "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 || {
+        [ -z "$was" ] || printf '%s\n' "$was" >"$stamp" # pip downloads first: what was there still works
+        fail "the installation failed (see above); the next call tries again. Another Python: PYTHON=python3.13 ./setup_env.sh"
+    }
     printf '%s\n' "$wanted" >"$stamp" || fail "cannot write $stamp"
 fi
 
 if [ $# -eq 0 ]; then
-    echo "Ready. Activate with:  . $env/bin/activate"
+    echo "Ready. Activate with:  . '$env/bin/activate'"
     exit 0
 fi
 VIRTUAL_ENV="$env"

@@ -91,9 +91,16 @@ def fit(
     return state
 
 
+def is_there(path: Path, config: LabConfig) -> bool:
+    """Whether the network of a config is kept. Ends where it has other settings than its name means now."""
+    if path.exists() and networks.read_checkpoint(path)["config"].saved() != config.saved():
+        raise SystemExit(f"error: {path} has other settings than its name means now: move it away")
+    return path.exists()
+
+
 def train(configs: list[LabConfig], data: noprop.Data, threads: int) -> None:
     """Train what is missing: a chain's blocks side by side, and as many CNNs at once as there are threads."""
-    missing = [config for config in configs if not path_of(config).exists()]
+    missing = [config for config in configs if not is_there(path_of(config), config)]
     digest, started, blocks = data.digest(), time.perf_counter(), [x.num_blocks for x in missing]
     done: list[int] = []
 

@@ -587,7 +587,7 @@ def main() -> int:
     name, first = arguments.table, arguments.first_seed
     path = RESULTS / f"evidence-{name}.json"
     if arguments.times:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         timed(kept["rows"])
     else:
         more = [arguments.fashion_mnist] if arguments.fashion_mnist else []
@@ -595,7 +595,7 @@ def main() -> int:
         command = ["DIR" if x == str(arguments.fashion_mnist) else x for x in sys.argv[1:]]
         kept = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
     print(markdown(rows := kept["rows"]))
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(name, kept)
     return noprop.picture(draw, DOCS / "img" / f"evidence_{name}.png", rows, TABLES[name].__doc__)
 

@@ -97,7 +97,7 @@ def main() -> int:
     kept |= {"schedule": [x["schedule"] for x in results]} if "schedule" in results[0] else {}
     kept |= {"val_accuracy_by_epoch": [[y["val_accuracy"] for y in x["history"]] for x in results]}
     path = Path(__file__).parent / "results" / f"flows-{config.objective}-{config.dataset}.json"
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 

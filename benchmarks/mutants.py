@@ -480,11 +480,12 @@ def report(results: list[dict]) -> tuple[dict[str, Counter], list[str]]:
     return counts, lines
 
 
-def write(counts: dict[str, Counter], survivors: list[str], arguments: argparse.Namespace) -> None:
-    """Keep what a whole call has found, for the docs."""
+def write(counts: dict[str, Counter], survivors: list[str], results, arguments: argparse.Namespace) -> None:
+    """Keep what a call has found, by its kind; of bugs, by which test."""
     kept = {"cosmic-ray": importlib.metadata.version("cosmic-ray"), "sample": arguments.sample}
     kept |= {"seed": arguments.seed, "counts": counts, "survivors": survivors}
-    path = ROOT / "benchmarks" / "results" / "mutants.json"
+    kept["by"] = {x["name"]: x["test"] for x in results if x["kind"] == "bugs"}
+    path = ROOT / "benchmarks" / "results" / f"mutants-{arguments.kind or 'all'}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -498,9 +499,9 @@ def execute(base: Path, arguments: argparse.Namespace) -> None:
         for mutant in mutants:
             print(f"{mutant.stratum:<16} {mutant.name}  {difference(base, mutant)}")
         return
-    found = report(try_all(base, mutants, arguments.jobs, arguments.tests))
-    if not arguments.kind and arguments.only == [""]:
-        write(*found, arguments)
+    found = report(results := try_all(base, mutants, arguments.jobs, arguments.tests))
+    if arguments.only == [""]:
+        write(*found, results, arguments)
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
+from noprop_lab import __main__ as lab
 from noprop_lab import data, networks
 
 ROOT = Path(noprop.__file__).parent
@@ -89,6 +90,15 @@ def command(flags: list[str], folder: Path) -> list[str]:
     return [sys.executable, *start, *flags]
 
 
+def stale(summary: dict, flags: list[str], seed: int) -> str:
+    """The settings that a finished run has otherwise than its flags say now; of a search, none."""
+    if "--run-hpo" in flags:
+        return ""
+    wanted, there = replace(lab.read_command_line("train", flags)[0], seed=seed).saved(), summary["config"]
+    names = (wanted.keys() | there.keys()) - {"step_threads"}  # which is of the machine
+    return ", ".join(sorted(x for x in names if wanted.get(x) != there.get(x)))
+
+
 def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[str, list[dict]]:
     """Summaries of the runs with each setting's flags, one a seed.
 
@@ -96,6 +106,9 @@ def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[
     """
     jobs = [(name, flags, seed) for seed in seeds for name, flags in settings.items()]
     missing = [job for job in jobs if not summary_of(folder_of(*job[1:]))]
+    for name, flags, seed in (job for job in jobs if job not in missing):
+        if other := stale(summary_of(folder := folder_of(flags, seed)), flags, seed):
+            raise SystemExit(f"error: {folder} ({name}) was trained with another {other}: move it away")
     print(f"{len(jobs)} runs; {len(missing)} of them are missing.", file=sys.stderr)
     started = time.perf_counter()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -126,8 +139,10 @@ def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[
 def write(mark: str, content: str, name: str = "evidence.md") -> None:
     """Put content into a file of docs/, between its marks."""
     path, begin, end = DOCS / name, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
-    text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text(), flags=re.DOTALL)
-    path.write_text(text)
+    text = re.sub(
+        f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text("utf-8"), flags=re.DOTALL
+    )
+    path.write_text(text, encoding="utf-8")
 
 
 def best_test_accuracy(summary: dict) -> float:
@@ -181,7 +196,9 @@ def main() -> int:
         "rows": rows,
     }
     path = Path(__file__).parent / "results" / f"seeds-{folder_of(named, 0).parent.name}.json"
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    if path.exists() and len(json.loads(path.read_text("utf-8"))["seeds"]) > len(seeds):  # it is cited
+        path = path.with_name(f"{path.stem}-of-{len(seeds)}.json")
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 

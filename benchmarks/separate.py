@@ -31,6 +31,7 @@ from benchmarks.control import (
     averaged,
     command_line,
     fit,
+    is_there,
     load_images,
     log_p_of,
     publish,
@@ -81,7 +82,7 @@ def trained(dataset: str, replicate: int, loss: str, noise: bool, data: noprop.D
     """The trained network of an arm."""
     config = config_of(dataset, replicate, loss)
     path = Path("runs/separate") / dataset / f"{loss}-{'noise' if noise else 'none'}-seed{config.seed}.pt"
-    if not path.exists():
+    if not is_there(path, config):
         arm = Arm(config.eta_loss_weight, config.lambda_global, config, loss, noise)
         state = fit(config, data, threads=threads, objective=arm)
         noprop.say(f"{path}: {state.seconds:.0f} s")

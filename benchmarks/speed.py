@@ -474,7 +474,8 @@ def inference(number: int) -> None:
             columns.append(statistics.mean(right))
         blocks = statistics.mean(used.float().mean().item() for _, used in results)
         text = f"{blocks:.2f} blocks an image, validation {columns[0]:.2f} %, test {columns[1]:.2f} %"
-        report(f"early exit at probability {threshold}", blocks, text)
+        found = {"blocks": blocks, "validation": columns[0], "test": columns[1]}
+        report(f"early exit at probability {threshold}", found, text)
 
 
 def name_of_machine() -> str:
@@ -503,7 +504,8 @@ def main() -> int:
     (folder := Path(__file__).parent / "results").mkdir(exist_ok=True)
     path = folder / f"speed-{name_of_machine()}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}  # of other parts, measured earlier
-    path.write_text(json.dumps(kept | RESULTS, indent=1) + "\n")
+    by_part = kept.get("versions by part", {}) | dict.fromkeys(arguments.parts, RESULTS["versions"])
+    path.write_text(json.dumps(kept | RESULTS | {"versions by part": by_part}, indent=1) + "\n")
     return 0
 
 

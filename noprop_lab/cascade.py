@@ -121,7 +121,7 @@ class Cascade(NoProp):
         if hand_on == "maps":
             return left.detach()
         if hand_on in ("label", "both"):
-            mean = z[:, :classes].lerp(logits.detach().softmax(-1), 1 / t)
+            mean = z[:, :classes].lerp(logits.detach().softmax(-1, dtype=z.dtype), 1 / t)
             z = torch.cat([mean, z[:, classes:]], dim=1)
         return torch.cat([z, left.detach()], dim=1) if hand_on in ("features", "both") else z
 

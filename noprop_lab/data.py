@@ -175,6 +175,16 @@ def refuse(error: OSError) -> None:
     raise Failure(f"cannot read the pictures in {error.filename}: {Failure(error)}") from error
 
 
+def walked(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk() through links, but into no hidden folder, and into none that it is inside of."""
+    for place, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        yield place, folders.copy(), files
+        here = Path(os.path.realpath(place))
+        folders[:] = [
+            x for x in folders if not hidden(x) and not here.is_relative_to(os.path.realpath(here / x))
+        ]
+
+
 def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -> list[tuple[Path, int]]:
     """Picture files and their labels, in order; what else there is is added to skipped. Raises Failure."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -182,13 +192,11 @@ def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -
     found = []
     for label, name in enumerate(classes):
         before = len(found)
-        for place, folders, files in sorted(os.walk(folder / name, onerror=refuse, followlinks=True)):
+        for place, folders, files in sorted(walked(folder / name)):
             paths = [Path(place, x) for x in sorted(files)]
             good = dict.fromkeys(
                 x for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)
             )
-            if any(map(hidden, Path(place).relative_to(folder).parts[1:])):
-                continue
             found += [(x, label) for x in good]
             skipped += [x for x in paths if x not in good] + [Path(place, x) for x in folders if hidden(x)]
         if len(found) == before:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from noprop_example import Failure, NoProp, generator, reverse_steps, say
 from noprop_lab.pictures import asked, read_pictures
-from noprop_lab.settings import LabConfig
+from noprop_lab.settings import LabConfig, WholeConfig
 
 TEXT = """# NoProp: the label emerges
 Each block makes a noisy label less noisy, looking at the picture. **Draw a digit**, or drop a file below."""
@@ -35,7 +35,8 @@ def emerging(model: NoProp, images: torch.Tensor, temperature: float, draw: int)
     if not temperature:
         return model.probabilities(images).cpu()
     (model := copy.copy(model)).steps = reverse_steps(model.alpha_bar).tolist()  # DDPM's weights
-    return model(next(model.batches(images)), temperature, generator("demo", draw)).softmax(-1).cpu()
+    noise = generator("demo", draw)
+    return torch.cat([model(x, temperature, noise) for x in model.batches(images)]).softmax(-1).cpu()
 
 
 def chart(images: torch.Tensor, frames: torch.Tensor, names: list[str], leaves: int) -> str:
@@ -67,6 +68,8 @@ def answer(model: NoProp, config: LabConfig, threshold: float, url: str, tempera
     except Failure as failure:
         return f"<p>{escape(str(failure).replace(str(file), 'the picture'))}</p>"
     names = [escape(str(x)) for x in config.classes or range(config.num_classes)]
+    if isinstance(config, WholeConfig) and config.weights != "learned":
+        temperature = 0.0  # a chain by backpropagation was trained to draw nothing
     frames = asked(lambda images: emerging(model, images, temperature, draw), views)
     sure = (frames[0].amax(-1) > threshold).nonzero()
     leaves = int(sure[0]) + 1 if len(sure) and not temperature else 0  # early exit does not sample

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from noprop_example import NoProp
+from noprop_lab.flows import Flow
 
 
 @torch.inference_mode()
@@ -14,8 +15,10 @@ def early_exit(model: NoProp, images: Tensor, threshold: float) -> tuple[Tensor,
 
     An image leaves once a class is more probable than threshold, by the last block, or by the mean of the
     blocks so far, see NoProp.by_average. images: see NoProp.probabilities(), whose ValueErrors are raised
-    here too. Nothing is sampled: τ = 0.
+    here too, as for a network of CT or FM, which is no chain. Nothing is sampled: τ = 0.
     """
+    if isinstance(model, Flow):
+        raise ValueError(f"an early exit leaves a chain of blocks, and {model.config.objective} has none")
     answers, blocks, by_average = [], [], model.by_average and not model.config.temperature
     for image in model.batches(images):
         z, inside = model.start(image), torch.arange(len(image), device=image.device)

@@ -70,7 +70,11 @@ def open_upright(path: Path) -> Image.Image:
         with Image.open(path) as file:
             file.draft(None, (SIDE, SIDE))  # a JPEG need not be unpacked larger
             deep = file.mode[0] in "IF"  # 16 bits, or floats, which convert() would clip
-            picture = ImageOps.exif_transpose(file)
+            file.load()
+            try:
+                picture = ImageOps.exif_transpose(file)
+            except Exception:  # of a damaged EXIF: the picture lies as it lies
+                picture = file.copy()
             picture = eight_bits(picture) if deep else picture
         picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
         if (factor := math.ceil(max(picture.size) / SIDE)) > 1:
@@ -373,25 +377,28 @@ def extent(group) -> tuple[int, int, int, int]:
 def grouped(parts: list) -> list[list]:
     """Parts of one digit together: those above each other, and small ones close to a large one."""
     groups = [[x] for x in sorted(parts, key=lambda x: -x.area)]
-    i = 0
+    boxes, i = np.array([x.bbox for [x] in groups]).reshape(-1, 4), 0
     while i < len(groups):
-        for j in range(i + 1, len(groups)):
-            if belong(extent(groups[i]), extent(groups[j])):
-                groups[i] += groups.pop(j)
-                break
+        found = belong(boxes[i], boxes[i + 1 :]).nonzero()[0]
+        if len(found):
+            j = i + 1 + int(found[0])
+            groups[i] += groups.pop(j)
+            boxes[i] = *np.minimum(boxes[i, :2], boxes[j, :2]), *np.maximum(boxes[i, 2:], boxes[j, 2:])
+            boxes = np.delete(boxes, j, 0)
         else:
             i += 1
     return groups
 
 
-def belong(large, small) -> bool:
-    """Whether a smaller box is part of the digit in a larger one."""
+def belong(large: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """Which of the smaller boxes (N, 4), top, left, bottom, right, are part of the digit in a larger one."""
     height, width = large[2] - large[0], large[3] - large[1]
-    beside = max(large[1], small[1]) - min(large[3], small[3])  # gaps; negative: they overlap
-    above = max(large[0], small[0]) - min(large[2], small[2])
+    top, left, bottom, right = small.T
+    beside = np.maximum(large[1], left) - np.minimum(large[3], right)  # gaps; negative: they overlap
+    above = np.maximum(large[0], top) - np.minimum(large[2], bottom)
     size = max(height, width)
-    overlap = -beside / min(width, small[3] - small[1])
-    return (overlap > 0.5 and above < 0.25 * size) or (max(beside, above) < 0.04 * size)
+    overlap = -beside / np.minimum(width, right - left)
+    return ((overlap > 0.5) & (above < 0.25 * size)) | (np.maximum(beside, above) < 0.04 * size)
 
 
 def is_frame(part) -> bool:
@@ -424,8 +431,12 @@ def like_mnist(ink: np.ndarray, size: int = 20) -> np.ndarray:
     from skimage.morphology import skeletonize
 
     fine = 6 * size
+    scale = fine / max(ink.shape)
+    if (ink > 0.5).sum() < skeletonize(ink > 0.5).sum() / scale:  # thinner than a pixel there: it would fade
+        width = math.ceil(1 / scale)
+        ink = ndimage.grey_dilation(np.pad(ink, width), (width, width))
+        scale = fine / max(ink.shape)
     digit = Image.fromarray(ink.astype(np.float32))
-    scale = fine / max(digit.size)
     digit = digit.resize([max(1, round(scale * x)) for x in digit.size], Image.Resampling.BILINEAR)
     digit = np.pad(np.asarray(digit), fine // 10)
     digit = (2 * digit - 0.5).clip(0, 1)

@@ -384,6 +384,26 @@ def test_a_damaged_file_in_a_folder_without_a_parent(tmp_path, fashion, monkeypa
         lab_data.load_data(FASHION, Path("fm"))
 
 
+def test_a_link_to_a_folder_above_adds_no_picture_and_a_hidden_one_is_not_entered(
+    tmp_path, data, monkeypatch
+):
+    write_pictures(tmp_path, data.train, ORDER, 200)
+    before = lab_data.find_pictures(tmp_path, tuple(ORDER), [])
+    (tmp_path / "one" / "again").symlink_to(".")
+    (tmp_path / "zero" / "all").symlink_to("..")
+    (tmp_path / "one" / ".Trash-0").mkdir()
+    scandir = os.scandir
+
+    def guarded(path="."):
+        if Path(path).name == ".Trash-0":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert lab_data.find_pictures(tmp_path, tuple(ORDER), skipped := []) == before
+    assert [x.name for x in skipped] == [".Trash-0"]
+
+
 def test_a_class_may_be_named_train(tmp_path, capsys):
     blue_and_red(tmp_path, ("bus", "car", "train"))
     assert lab_data.class_folders(tmp_path) == ("bus", "car", "train")

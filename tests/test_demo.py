@@ -21,6 +21,7 @@ from conftest import ROOT, noprop
 from laboratory import lab, refused, untrained
 from PIL import Image, ImageDraw
 
+from noprop_lab.backprop import BackpropConfig
 from noprop_lab.ct import CTConfig
 from noprop_lab.demo import answer, emerging
 from noprop_lab.dt import DTConfig
@@ -119,6 +120,16 @@ def test_a_black_pen_on_nothing_or_white_is_read(network):
 def test_of_several_digits_all_are_read_and_the_first_is_shown(network):
     html = answer(network, LabConfig(), 0.99, url_of(drawn(7, 1)), 0.0, 1)
     assert read(html) == "7 1" and "Probabilities of the first after" in html
+
+
+def test_many_digits_are_sampled_too(network, data):
+    assert len(emerging(network, data.test.images[:501], 1.0, 1)) == 501
+
+
+def test_a_twin_that_draws_nothing_is_not_sampled(tmp_path):
+    model = load(untrained(tmp_path, BackpropConfig(num_blocks=2)))
+    one, other = (answer(model, model.config, 0.99, url_of(drawn(7)), tau, 1) for tau in (0.0, 1.0))
+    assert one == other
 
 
 def test_what_is_no_digit_gets_a_line(network):

@@ -363,6 +363,14 @@ def test_each_block_of_a_cascade_can_have_views_of_its_own(small_data):
         CascadeConfig(own_views=True, augment=False)
 
 
+@pytest.mark.parametrize("estimates", ["live", "averaged"])
+@pytest.mark.parametrize("hand_on", ["label", "both", "maps", "nothing"])
+def test_a_cascade_in_bfloat16_hands_on_whatever_it_hands_on(hand_on, estimates, batch):
+    config = CascadeConfig(**TINY, hand_on=hand_on, estimates=estimates, precision="bfloat16")
+    results = cascade.train_step(LabState(config), *batch, 1e-3)
+    assert all(loss.isfinite() for loss, _ in results.values())
+
+
 def test_what_a_cascade_is_not_for(tmp_path, capsys):
     path = str(untrained(tmp_path, CascadeConfig(num_blocks=2)))
     refused(capsys, 2, ["merge", path, path], "learn from those before them: there is nothing to merge")
@@ -410,6 +418,12 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
 
 
 # --- Early exit --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CTConfig, FMConfig])
+def test_an_early_exit_of_what_is_no_chain_is_refused(kind, tmp_path, data):
+    with pytest.raises(ValueError, match="leaves a chain of blocks"):
+        early_exit(load(untrained(tmp_path, kind())), data.test.images[:4], 0.9)
 
 
 def test_an_early_exit_of_a_network_that_samples_is_by_its_blocks(data):

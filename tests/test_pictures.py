@@ -1,6 +1,7 @@
 """The network in the repository, and a user's pictures: photographs, exports, clothes."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from conftest import ROOT, noprop
 from hypothesis import given, settings
 from laboratory import contents, lab, refused
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_properties import SAME, check_line, pictures
 
 from noprop_lab import networks
@@ -166,6 +167,30 @@ def test_a_shadow_as_wide_as_a_finger_is_no_ink():
     pixels[80:220, 250:254] = 0.1
     ink = ink_of(pixels)
     assert abs(ink[:, 90:150]).max() < 0.1 and (ink[85:215, 251:253] > 0.6).all()
+
+
+def test_a_thin_pen_on_a_large_picture_leaves_a_ring(tmp_path, network):
+    picture = Image.new("L", (800, 800), 255)
+    ImageDraw.Draw(picture).ellipse((200, 100, 600, 700), outline=0, width=2)
+    picture.save(path := tmp_path / "zero.png")
+    views = read_digits(path)
+    assert views[0, 0, 0, 13:16, 13:16].max() == 0 and network.predict(views[0]).tolist() == [0]
+
+
+def test_thousands_of_specks_take_no_minutes(tmp_path):
+    tile = np.full((10, 10), 255, np.uint8)
+    tile[3:7, 3:7] = 0
+    Image.fromarray(np.tile(tile, (80, 80))).save(path := tmp_path / "dots.png")
+    started = time.monotonic()
+    with pytest.raises(noprop.Failure, match="nothing that looks like a digit"):
+        read_digits(path)
+    assert time.monotonic() - started < 60  # it took some three minutes
+
+
+def test_damaged_exif_hides_no_picture(tmp_path):
+    Image.new("RGB", (40, 50), "red").save(path := tmp_path / "red.png", exif=b"nonsense")
+    image = read_picture(path, LabConfig(dataset="cifar10"))
+    assert (image[0] == 255).all() and (image[1:] == 0).all()
 
 
 def test_thin_strokes_become_as_wide_as_those_of_mnist():
