@@ -1050,7 +1050,7 @@ def locked(folder: Path):
         tempfile.TemporaryFile(dir=folder).close()
         return FileLock(folder / ".noprop_run.lock", timeout=0).acquire()  # goes when its owner dies
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        reason = "another run writes into it" if isinstance(error, Timeout) else Failure(error)
+        reason = "another run writes into it: take another" if isinstance(error, Timeout) else Failure(error)
         raise Failure(f"cannot write into --output-dir {folder}, or lock it: {reason}") from error
 
 
@@ -1174,9 +1174,9 @@ def short_training(config, records, signalled, suggest, trial, cost=lambda recor
             if record:
                 trial.set_user_attr("record", record)
                 trial.report(value := cost(record), record["epoch"])
-                worse = trial.should_prune()
                 if not math.isfinite(value):
                     raise TrialPruned
+                worse = trial.should_prune()
     except FloatingPointError as error:
         raise TrialPruned from error
     return value
