@@ -1,26 +1,26 @@
 """NoProp on MNIST: a network of denoising blocks, each trained alone (Li, Teh, Pascanu; arXiv 2503.24322).
 
-Training, for every mini-batch (x, y) and every block t = 1 ... T, on its own:
+Training (train_block), for every mini-batch (x, y) and every block t = 1 ... T, on its own:
     ε ~ N(0, I)
     z_{t-1} = √ᾱ_{t-1} u_y + √(1-ᾱ_{t-1}) ε             a noisy label
-    ε̂_t = block_t(x, z_{t-1})                            the noise that the block sees in it
+    ε̂_t = block_t(x, z_{t-1})                            its noise; by default the block finds û_t first
     û_t = (z_{t-1} - √(1-ᾱ_{t-1}) ε̂_t) / √ᾱ_{t-1}        the label that this leaves
     step on  η₁ MSE(ε̂_t, ε) + η₂ MSE(û_t, u_y)           block T adds CE(classifier(û_T), y)
-Inference: z_0 = 0 (or noise), then for t = 1 ... T
-    z_t = a û_t + b z_{t-1} + τ √c ξ                     one DDPM-like reverse step a block
-and the answer is argmax classifier(û_T). Time runs from noise, ᾱ_0 = 0.001, to label, ᾱ_T = 0.999.
+Inference (NoProp.forward): z_0 = τ ξ, ξ ~ N(0, I), by default τ = 0; then for t = 1 ... T
+    z_t = a û_t + b z_{t-1} + τ √c ξ                     a DDPM-like reverse step; a, b, c: reverse_steps()
+Answer: argmax classifier(û_T), or of the blocks' mean, see finish(). From noise, ᾱ_0 = .001, to label, .999.
 
     symbol   name              shape        meaning
     T        num_blocks                     blocks, each at one noise level
-    ᾱ        alpha_bar         (T+1,)       fraction of signal, increasing; one of them: level
-    W        label_embedding   (classes, D) learned rows, one a class, orthonormal at the start
+    ᾱ        alpha_bar         (T+1,)       fraction of signal, increasing; a single one is called level
+    W        label_embedding   (classes, D) learned rows, one a class; its gradient is the sum of the blocks'
     u_y      u                 (B, D)       embedding of the label: its row of W
     z_t      z                 (B, D)       the noisy label
     ε̂, û    eps_hat, u_hat    (B, D)       a block's estimates of noise and label
-    η₁, η₂   eta, lam                       weights of the hybrid loss
+    η₁, η₂   eta, lam                       loss weights (settings eta_loss_weight, lambda_global)
 
 Measured: 99.58 ± .01 % on MNIST's test images (mean ± standard error of seeds 0 to 9, weights chosen on
-validation images; block 1 alone 99.42 ± .02), two to six minutes on two CPU cores (217-111 GFLOP/s).
+validation images; block 1 alone 99.42 ± .02); two to six minutes on two CPU cores (matmul 217-111 GFLOP/s).
 
     python noprop_example.py                                     train, evaluate, draw
     python noprop_example.py --evaluate noprop_hybrid.pt         test accuracy of a trained network
@@ -102,7 +102,7 @@ def cosine_schedule(num_blocks: int, s: float = 0.008) -> Tensor:
     """ᾱ_0 ... ᾱ_T, shape (T+1,), float64, from noise (0.001) to label (0.999).
 
     Nichol and Dhariwal's cosine (arXiv 2102.09672, eq. 17), not divided by its start value, run in NoProp's
-    direction and clamped. Beyond T of about 50 the clamp makes equal levels, and DDPM's weight of a block 0.
+    direction and clamped. From T = 50 on, the clamp makes levels equal (ᾱ_0 = ᾱ_1), and DDPM's w there 0.
     """
     t = torch.arange(num_blocks + 1, dtype=torch.float64)
     return torch.cos(((1 - t / num_blocks) + s) / (1 + s) * math.pi / 2).square().clamp(1e-3, 0.999)
@@ -111,14 +111,14 @@ def cosine_schedule(num_blocks: int, s: float = 0.008) -> Tensor:
 def reverse_steps(alpha_bar: Tensor, equal_weights: bool = False) -> Tensor:
     """ᾱ_{t-1} and a, b, c of z_t = a û_t + b z_{t-1} + τ √c ξ for each block t, (T, 4); alpha_bar: (T+1,).
 
-    DDPM posterior (arXiv 2006.11239, eq. 7), which is equation 3 of NoProp.
-    Identities: a + b √ᾱ_{t-1} = √ᾱ_t; and for DDPM's weights b² (1-ᾱ_{t-1}) + c = 1-ᾱ_t, of the noise.
+    DDPM's posterior (arXiv 2006.11239, eq. 7, whose t runs the other way), which is equation 3 of NoProp.
+    Identities: signal a + b √ᾱ_{t-1} = √ᾱ_t; noise, with DDPM's weights, b² (1-ᾱ_{t-1}) + c = 1-ᾱ_t.
 
-    The first says that z_t/√ᾱ_t is a running mean: û_t enters with weight w, what was before it with 1-w.
-    DDPM's w is 1 - SNR_{t-1}/SNR_t, SNR = ᾱ/(1-ᾱ): an early û, from a noisier z, counts for little. But at
-    τ = 0 z holds no noise, and every block sees the image: equal_weights makes it the plain mean, w = 1/t.
+    By the first, z_t/√ᾱ_t = w û_t + (1-w) z_{t-1}/√ᾱ_{t-1}: a running mean. DDPM: w = 1 - SNR_{t-1}/SNR_t,
+    SNR = ᾱ/(1-ᾱ), so û_t ends with the share (SNR_t - SNR_{t-1})/SNR_T: an early one, from a noisier z,
+    hardly counts. But at τ = 0 no z holds noise: equal_weights takes the plain mean, w = 1/t, for all.
     """
-    before, after = alpha_bar[:-1], alpha_bar[1:]
+    before, after = alpha_bar[:-1], alpha_bar[1:]  # ᾱ_{t-1} and ᾱ_t of t = 1 ... T
     alpha = before / after
     weight = (1 - alpha) / (1 - before)
     if equal_weights:
@@ -157,11 +157,11 @@ class DenoisingBlockPaper(nn.Module):
     """Block t: a CNN for the image, an MLP for the noisy label, a joint head; (x, z_{t-1}) -> ε̂_t.
 
     Its parts are the paper's, their sizes are not: the paper's own block is PaperBlock in noprop_lab/dt.py.
-    size: of SIZES. Each of convs, (channels, kernel, stride, padding, pool), is followed by a max-pool of
-        stride 2 (0: none), a batch norm, to which the pool leaves a quarter of the work, and a ReLU.
-    target: what the network f inside the block computes. "label": f estimates û, and the noise follows,
-        ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ). So f need not copy its noisy input and have its error multiplied by
-        1/√ᾱ, 31.6 at block 1 (the idea of EDM's preconditioning, arXiv 2206.00364). "noise": ε̂ = f(x, z).
+    size: of SIZES. Each conv (channels, kernel, stride, padding, pool) is followed by a max-pool of stride 2
+        (pool 0: none), then batch norm and ReLU: after the pool, on a quarter of the pixels: cheaper.
+    target: what the network f inside the block computes. "label": f = û, and the noise follows from it,
+        ε̂ = (z - √ᾱ f(x, z)) / √(1-ᾱ). If f were ε̂, it would have to copy its noisy input, and û would have
+        its error times √(1-ᾱ)/√ᾱ, 31.6 at block 1 (cf. EDM, arXiv 2206.00364). "noise": ε̂ = f(x, z).
         "classes", as in the paper: f computes logits, and û = softmax(f) W is a mean of the embeddings W.
     """
 
@@ -175,7 +175,7 @@ class DenoisingBlockPaper(nn.Module):
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
         cnn = nn.Sequential(*layers, nn.Flatten())
-        features = cnn.eval()(torch.zeros(1, *image_shape)).shape[1]
+        features = cnn.eval()(torch.zeros(1, *image_shape)).shape[1]  # eval: statistics stay as they are
         full = nn.Linear(features, image_width, bias=False)
         self.image = cnn.train().extend([full, nn.BatchNorm1d(image_width), nn.ReLU()])
         self.label = mlp(embed_dim, *label_widths)
@@ -183,7 +183,7 @@ class DenoisingBlockPaper(nn.Module):
         self.head.append(nn.Linear(head_widths[-1], num_classes if target == "classes" else embed_dim))
 
     def forward(self, image: Tensor, z: Tensor, level: float, W: Tensor | None = None) -> Tensor:
-        """ε̂, (B, D), from images (B, C, H, W) and noisy labels z (B, D) at the level ᾱ_{t-1}.
+        """ε̂, (B, D), from images (B, channels, height, width) and noisy labels z (B, D) at the level ᾱ_{t-1}.
 
         W, (classes, D), is the label embedding, which only the target "classes" needs.
         """
@@ -195,11 +195,11 @@ class DenoisingBlockPaper(nn.Module):
 
 
 class NoProp(nn.Module):
-    """T blocks, the label embedding that they share, and the classifier, which is the head of block T.
+    """T blocks, the label embedding that they share, and the classifier, which reads û_T, block T's answer.
 
     block(image_shape, embed_dim, num_classes) makes a block. Weights are drawn from (seed, block): a block
     starts the same whatever stands beside it. equal_weights: see reverse_steps(). build() sets config, and
-    by_average: what answers after t blocks, block t, or the mean of t blocks' probabilities, see finish().
+    by_average: after t blocks the mean of their probabilities answers (see finish()); else block t alone.
     """
 
     by_average = False
@@ -210,7 +210,7 @@ class NoProp(nn.Module):
         self.steps = reverse_steps(self.alpha_bar, equal_weights).tolist()
         with seeded(seed, "embedding"):
             self.label_embedding = nn.Embedding(num_classes, embed_dim)
-            nn.init.orthogonal_(self.label_embedding.weight)  # of the rows, if embed_dim >= num_classes
+            nn.init.orthogonal_(self.label_embedding.weight)  # orthonormal rows, if embed_dim >= num_classes
         self.blocks = nn.ModuleList()
         for t in range(1, num_blocks + 1):
             with seeded(seed, "block", t):
@@ -224,14 +224,14 @@ class NoProp(nn.Module):
         return blocks | {"classifier": self.classifier, "label_embedding": self.label_embedding}
 
     def start(self, image: Tensor, temperature=0.0, noise=None) -> Tensor:
-        """z_0 ~ τ N(0, I), (B, D)."""
+        """z_0 = τ ξ, (B, D); noise: the generator of ξ ~ N(0, I), of which τ = 0 draws nothing."""
         shape = len(image), self.label_embedding.embedding_dim
         if not temperature:
             return image.new_zeros(shape)
         return temperature * send(torch.randn(shape, generator=noise), image.device)
 
     def step(self, t: int, image: Tensor, z: Tensor, temperature=0.0, noise=None) -> tuple[Tensor, Tensor]:
-        """One reverse step, with DDPM's weights equation 3 of NoProp: û_t and z_t from z_{t-1}, (B, D) each.
+        """One reverse step: û_t and z_t, (B, D) each, from z_{t-1}. With DDPM's weights: NoProp's equation 3.
 
         temperature: τ; noise: the generator of ξ, of which τ = 0 draws nothing.
         """
@@ -261,7 +261,7 @@ class NoProp(nn.Module):
 
     def batches(self, images: Tensor) -> Iterator[Tensor]:
         """Float batches (500, C, H, W) of images that a user brings; raises ValueError for unfit ones."""
-        images, byte = images.unsqueeze(1) if images.ndim == 3 else images, images.dtype == torch.uint8
+        images, byte = (images.unsqueeze(1) if images.ndim == 3 else images), images.dtype == torch.uint8
         if images.shape[1:] != self.image_shape or not (byte or images.is_floating_point()):
             raise ValueError(f"images must be (N, *{self.image_shape}), uint8 or float, not {images.shape}")
         if not (byte or ((images >= 0) & (images <= 1)).all()):
@@ -293,10 +293,10 @@ class NoProp(nn.Module):
 
 @dataclass(frozen=True)
 class Hybrid:
-    """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) for each block, and cross-entropy for the classifier, the head of block T.
+    """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) for each block; cross-entropy for the classifier, which reads û_T.
 
-    û is linear in ε̂: with SNR = ᾱ/(1-ᾱ) that is (η₁ + η₂/SNR) MSE(ε̂, ε) = (η₁ SNR + η₂) MSE(û, u).
-    W = 0 would make it small; with the cross-entropy beside it W's rows end at squared lengths of 1.8 to 2.2.
+    û - u = -(ε̂ - ε)/√SNR, with SNR = ᾱ/(1-ᾱ): so both are one error, (η₁ SNR + η₂) MSE(û, u) together.
+    W = 0 would make it 0; with the cross-entropy W's rows, of length 1 at first, end at ‖u‖² of 1.8 to 2.2.
     """
 
     eta: float = 2.0
@@ -323,7 +323,7 @@ class Hybrid:
 
 
 class Failure(ValueError):
-    """What ends a run: one line for the user, and the exit code (1: the machine, 2: the input)."""
+    """Ends a run, with an exit code (1: the machine, 2: the input). As text, any error in one line."""
 
     def __init__(self, reason: str | BaseException, code: int = 2):
         super().__init__((str(getattr(reason, "strerror", None) or reason) or repr(reason)).splitlines()[0])
@@ -378,14 +378,14 @@ class Config(Checked):
     embed_wd: float = 1e-7  # weight decay of the label embedding
     max_norm_embed: float = 50.0  # rows of the label embedding are clipped to this norm
     grad_clip: float = 1.0  # gradient norm of a block, of the classifier, of the embedding, each by itself
-    ema_decay: float = 0.998  # at most, of the averaged weights that are evaluated; 0: no averaging
+    ema_decay: float = 0.998  # of the averaged weights, which are evaluated; less at first; 0: no averaging
     augment: bool = True  # rotate, scale and shift the training images at random
     train_images: int | None = None  # only the first N images of the training split, for quick tries
-    precision: Literal["float32", "bfloat16"] = "float32"  # of blocks that train; bfloat16 takes hardware
+    precision: Literal["float32", "bfloat16"] = "float32"  # in training; bfloat16 needs hardware for it
     select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
     patience: int = 15  # stop after this many epochs without a better validation accuracy
     # Inference
-    weights: Literal["equal", "ddpm"] = "equal"  # with which the blocks' û enter z_t in inference
+    weights: Literal["equal", "ddpm"] = "equal"  # of the blocks' û in z_t in inference: reverse_steps()
     temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
 
     objective: ClassVar[str] = "hybrid"
@@ -400,7 +400,6 @@ class Config(Checked):
         yield self.batch_size < 2, "batch_size must be at least 2"
         yield self.eta_min > self.lr, f"eta_min must be lr ({self.lr}) at most, not {self.eta_min}"
         yield self.ema_decay >= 1, f"ema_decay must be below 1, not {self.ema_decay}"
-        yield self.dim < self.num_classes, f"embed_dim must be at least {self.num_classes}, a row a class"
         yield self.eta_loss_weight == self.lambda_global == 0, "both weights of the blocks' loss are 0"
         yield self.temperature and self.weights == "equal", "a temperature samples: it takes weights ddpm"
 
@@ -411,7 +410,7 @@ class Config(Checked):
 
     @classmethod
     def reference(cls, **changes) -> Config:
-        """The description that this project started from, at consistent noise levels; meant for a GPU."""
+        """The description that this project started from, trained at the levels of inference; for a GPU."""
         recipe = dict(epochs=100, batch_size=128, block="reference", target="noise", lr=0.01, weights="ddpm")
         return cls(**recipe | dict(schedule="cosine", ema_decay=0.0, augment=False) | changes)
 
@@ -463,7 +462,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Images to train on (of MNIST 55,000), to choose by (5,000), and such that decide nothing (10,000)."""
+    """Images to train on (MNIST: 55,000), to choose the epoch by (5,000), and to test with alone (10,000)."""
 
     train: Split
     val: Split
@@ -552,18 +551,18 @@ def build(config: Config, device=CPU, content=None, block=None, kind: type[NoPro
         except (KeyError, TypeError, RuntimeError) as error:  # of a block of the user's own, say
             raise Failure(f"{content['path']} does not hold the weights of its settings") from error
         model.by_average = content["config"] == config and content.get("by_average", False)
-    last = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
-    return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+    nhwc = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
+    return model.to(device, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
 @contextmanager
 def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     """A map() over independent jobs: on a CPU, as many at once as there are threads, each on one thread.
 
-    A core for each block beats all cores on one after another, and gives the same bits for any number.
+    One core per block beats all cores on one block after another, and any number gives the same bits.
     """
     before, cpu = torch.get_num_threads(), device.type == "cpu"
-    with suppress(AttributeError, TypeError):  # glibc is to keep memory: to fault it in is 10 % of a step
+    with suppress(AttributeError, TypeError):  # glibc: keep freed memory, or page faults take 10 % of a step
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     torch.set_num_threads(1 if cpu else before)
@@ -580,11 +579,11 @@ def flatten(part: nn.Module) -> nn.Parameter:
     So a block's clip, its optimizer's step and its average are one operation each, not one a tensor.
     """
     *others, last = [x for x in part.parameters() if x.requires_grad] or part.parameters()
-    sizes = [x.numel() + -x.numel() % 4 for x in others] + [last.numel()]  # 16 bytes: so a GPU reads them
+    sizes = [x.numel() + -x.numel() % 4 for x in others] + [last.numel()]  # starts aligned to 16 bytes
     flat = nn.Parameter(last.new_zeros(sum(sizes)))
     flat.grad = torch.zeros_like(flat)
     for x, *vectors in zip((*others, last), flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
-        data, grad = (v.as_strided(x.shape, x.stride()) for v in vectors)
+        data, grad = (v.as_strided(x.shape, x.stride()) for v in vectors)  # strides: channels_last stays
         x.data, x.grad = data.copy_(x.detach()), grad
     return flat
 
@@ -596,7 +595,7 @@ class State:
     """
 
     POSITION = ("step", "lr", "seconds", "selected_epoch", "history", "log")
-    # the share of this step's weights in their average: large at first, so that the first ones fade
+    # 1 - decay of the moving average; the decay grows, (1+k)/(10+k) after k steps, until it is ema_decay
     fresh = property(lambda self: 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
 
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
@@ -605,8 +604,8 @@ class State:
         self.model = (model or build(config, device)).train()
         self.averaged = copy.deepcopy(self.model).eval()
         self.blocks = list(range(1, config.num_blocks + 1))  # those that are trained here
-        # By the name of a part: its parameters as one vector; the tensors that are averages, and those that
-        # they follow; what has a state to save: the averaged module, the module, the optimizer.
+        # By name of a part. parts: its parameters as one vector; tensors: (averages, what they follow);
+        # holders: what has a state to save, (averaged module, module, optimizer).
         self.parts, self.tensors, self.holders = {}, {}, {}
         for name, module in self.model.parts().items():
             both = self.averaged.get_submodule(name), module
@@ -639,7 +638,7 @@ class State:
 
     def measure(self, data: Data, parallel: Callable) -> dict[str, Any]:
         """The record of an epoch that has ended: losses, learning rate, seconds, accuracies in percent."""
-        *blocks, classifier = torch.stack(self.log).mean(0)[: len(self.parts) - 1].tolist()
+        *blocks, classifier = torch.stack(self.log).mean(0)[: len(self.parts) - 1].tolist()  # not the norms
         record = dict(epoch=len(self.history) + 1, block_losses=blocks, classifier_loss=classifier)
         for name, split in (("val", data.val), ("test", data.test)):
             found = evaluate(self.averaged, split, self.config, parallel) if split else {}
@@ -710,21 +709,21 @@ def learning_rate(progress: float, config: Config) -> float:
         return config.lr
     warm_up = 0.2 if config.schedule == "one-cycle" else 0.0
     if progress < warm_up:
-        return config.lr * (0.04 + 0.96 * progress / warm_up)
+        return config.lr * (0.04 + 0.96 * progress / warm_up)  # linear, from lr / 25 as OneCycleLR
     cosine = 0.5 + 0.5 * math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
     return config.eta_min + (config.lr - config.eta_min) * cosine
 
 
 def train_block(state, t: int, image, label, lr: float, head=False) -> tuple[dict, Tensor | None]:
-    """One step of block t, alone: {part: (loss, gradient norm)}, and the gradient of its losses by W.
+    """One step of block t, alone: {part: (loss, gradient norm)}, and the gradient with respect to its W.
 
     The block has a copy of W of its own, and sees nothing else of the network: no gradient goes further.
-    head: the classifier learns too, as it does with the last block, whose head it is.
+    head: the classifier takes a step too; from block T, whose û it reads, it always does.
     """
     config, model, objective = state.config, state.model, state.objective
     W, draw = model.label_embedding.weight.detach().clone(), partial(state.draw, t)
     W.requires_grad_(config.learns_embedding)
-    short = config.precision == "bfloat16"  # products and convolutions; weights and averages stay float32
+    short = config.precision == "bfloat16"  # 16 bits in products and convolutions; weights, averages: float32
     with torch.autocast(image.device.type, torch.bfloat16, enabled=short, cache_enabled=False):
         loss, u_hat = objective.block_loss(model.blocks[t - 1], t, model.alpha_bar, image, label, W, draw)
         losses = {f"blocks.{t - 1}": loss}
@@ -737,8 +736,8 @@ def train_block(state, t: int, image, label, lr: float, head=False) -> tuple[dic
 def train_step(state, image, label, lr, parallel=map) -> dict:
     """A step of every part, on images (B, C, H, W) and labels (B,): {part: (loss, gradient norm)}."""
     steps = list(parallel(lambda t: train_block(state, t, image, label, lr), state.blocks))
-    results = {name: pair for result, _ in steps for name, pair in result.items()}
-    if state.config.learns_embedding:  # it is all that the blocks share
+    results = {name: pair for result, _ in steps for name, pair in result.items()}  # all blocks' in one
+    if state.config.learns_embedding:  # all that blocks share; its .grad is a view, see flatten()
         state.model.label_embedding.weight.grad.copy_(sum(gradient for _, gradient in steps))
         results["label_embedding"] = image.new_zeros(()), state.update("label_embedding", lr)
     return results
@@ -750,11 +749,11 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
     Whoever stops asking has stopped early. Raises FloatingPointError for a loss or gradient not finite.
     """
     config, (images, labels) = state.config, data.train
-    steps, zero = len(labels) // config.batch_size, torch.zeros((), device=state.device)
+    steps, zero = len(labels) // config.batch_size, torch.zeros((), device=state.device)  # of parts at rest
     while not state.finished():
         order = torch.randperm(len(labels), generator=generator(config.seed, "order", len(state.history)))
         with workers(state.device, threads) as parallel:
-            # all blocks share a batch, each with noise of its own; a resumed epoch goes on where its log ends
+            # blocks share a batch, not noise; from where a resumed epoch's log ends to the last full batch
             for batch in order.to(state.device).split(config.batch_size)[len(state.log) : steps]:
                 started = time.perf_counter()
                 image = to_float(images[batch])
@@ -793,11 +792,12 @@ def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = m
         images = to_float(split.images[start : start + 500])
         return model(images, config.temperature, generator(config.seed, "inference", start))
 
-    shares = torch.cat(list(parallel(logits, range(0, len(split.labels), 500)))).cpu().softmax(-1)
-    shares = torch.cat([shares, shares.mean(1, keepdim=True)], dim=1)  # (N, T+1, classes)
-    label = split.labels.cpu().view(-1, 1, 1).expand(*shares.shape[:2], 1)
-    *chain, average = (100 * (shares.argmax(-1) == label[..., 0]).double().mean(0)).tolist()
-    *losses, average_loss = (-shares.gather(2, label).clamp_min(1e-38).log().mean((0, 2))).tolist()
+    log_p = torch.cat(list(parallel(logits, range(0, len(split.labels), 500)))).cpu().log_softmax(-1)
+    mean = log_p.logsumexp(1, keepdim=True) - math.log(log_p.shape[1])  # of probabilities
+    log_p = torch.cat([log_p, mean], dim=1)  # (N, T+1, classes)
+    label = split.labels.cpu().view(-1, 1, 1).expand(*log_p.shape[:2], 1)
+    *chain, average = (100 * (log_p.argmax(-1) == label[..., 0]).double().mean(0)).tolist()
+    *losses, average_loss = (-log_p.gather(2, label).mean((0, 2))).tolist()
     return {"accuracy": chain, "loss": losses, "accuracy_average": average, "loss_average": average_loss}
 
 

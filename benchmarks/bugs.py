@@ -306,11 +306,20 @@ kept = self.selected_epoch and self.config.select == "validation"
         "model(images, 0.0, generator(",
     ),
     ("evaluate: the same noise in every batch", '"inference", start)', '"inference", 0)'),
-    ("evaluate: the average is block 1", "shares.mean(1, keepdim=True)", "shares[:, :1]"),
+    (
+        "evaluate: the average is block 1",
+        "log_p.logsumexp(1, keepdim=True) - math.log(log_p.shape[1])",
+        "log_p[:, :1]",
+    ),
     (
         "evaluate: the average is of logits",
-        "torch.cat([shares, shares.mean(1, keepdim=True)], dim=1)",
-        "torch.cat([shares, shares.log().mean(1, keepdim=True).softmax(-1)], dim=1)",
+        "log_p.logsumexp(1, keepdim=True) - math.log(log_p.shape[1])",
+        "log_p.mean(1, keepdim=True).log_softmax(-1)",
+    ),
+    (
+        "evaluate: no image costs more than float32's smallest number",
+        "(-log_p.gather(2, label).mean((0, 2)))",
+        "(-log_p.gather(2, label).exp().clamp_min(1e-38).log().mean((0, 2)))",
     ),
     (
         "evaluate: every block has the accuracy of the last",

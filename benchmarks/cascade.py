@@ -3,8 +3,9 @@
     python benchmarks/cascade.py fashion_mnist --data-root DIR --seeds 2   what was tried; DIR: the four files
     python benchmarks/cascade.py fashion_mnist --data-root DIR --folds 4 --seeds 3 --arm features "plain CNNs"
                                                                 the decision, on folds that chose nothing
-    python benchmarks/cascade.py fashion_mnist --block deep     three deep blocks, 24 epochs: its own settings
-    python benchmarks/cascade.py mnist                          on MNIST
+    python benchmarks/cascade.py fashion_mnist --data-root DIR --block deep --seeds 2
+                                                                three deep blocks, 24 epochs: its own settings
+    python benchmarks/cascade.py mnist --folds 4 --arm "answers with noise, .3" "plain CNNs"     on MNIST
     python benchmarks/cascade.py --times                        seconds of each, on this CPU, by itself
     python benchmarks/cascade.py --report                       tables, from benchmarks/results/cascade*
 
@@ -17,6 +18,7 @@ t blocks is a chain of t blocks, as no block learns from later ones: so every le
 
 import argparse
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -152,7 +154,8 @@ TABLES = {  # title: of what; the fold that says which arm is the best does not 
     "Fashion-MNIST, small blocks: what was tried": ("fashion_mnist", "small", range(1), range(2)),
     "Fashion-MNIST, small blocks: the decision": ("fashion_mnist", "small", range(1, FOLDS), range(3)),
     "Fashion-MNIST, deep blocks: what was tried": ("fashion_mnist", "deep", range(1), range(2)),
-    "MNIST, small blocks, two folds, one seed": ("mnist", "small", range(1, FOLDS, 2), range(1)),
+    "MNIST, small blocks, four folds, one seed": ("mnist", "small", range(FOLDS), range(1)),
+    "MNIST, small blocks, two of the folds, one seed": ("mnist", "small", range(1, FOLDS, 2), range(1)),
 }
 READINGS = {"mean": "mean of all", "late": "mean of the later half", "last": "the last alone"}
 
@@ -198,10 +201,14 @@ def table(dataset: str, block: str, folds: range, seeds: range) -> str:
         rows, name = read(trials[0].rows), f"{block}, {arm}"
         if not {x._replace(arm=of).key for x in trials for of in (arm, CNNS)} <= rows.keys():
             continue  # not measured, or in part
-        found = [rows[x.key] for x in trials]
-        cells = [mean([x[f"mean-{t}"]["accuracy"] for x in found]) for t in lengths]
-        cells += [mean([x["last"]["accuracy"] for x in found])]
-        cells += [mean([x[f"mean-{lengths[-1]}"]["loss"] for x in found], 4), f"{found[0]['weights']:,}"]
+
+        def by_seed(of: str, what: str = "accuracy", digits: int = 2, trials=trials, rows=rows) -> str:
+            """Mean ± standard error over seeds, of each the mean over folds."""
+            of_one = [[rows[x.key][of][what] for x in trials if x.seed == seed] for seed in seeds]
+            return mean([statistics.mean(x) for x in of_one], digits).removesuffix(" ± nan")
+
+        cells = [by_seed(f"mean-{t}") for t in lengths] + [by_seed("last")]
+        cells += [by_seed(f"mean-{lengths[-1]}", "loss", 4), f"{rows[trials[0].key]['weights']:,}"]
         cells += [f"{seconds[name]:.0f}" if name in seconds else ""]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
         if arm != CNNS:

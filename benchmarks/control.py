@@ -243,6 +243,9 @@ def table(rows: dict[str, np.ndarray], tempered: np.ndarray) -> str:
         apart = [interval(a, 2), verdict(a, len(kept)), interval(b, 4)] if name != TEN else [""] * 3
         lines.append(f"| {' | '.join([name, *cells, *apart])} |")
     pairs = {f"{more} − {less}": (more, less) for more, less in ((CHAIN, BLOCK), (TEN, ONE), (BLOCK, ONE))}
+    for drawn in (accuracy, loss):
+        drawn["gain"], drawn["averaging's"] = drawn[CHAIN] - drawn[BLOCK], drawn[TEN] - drawn[ONE]
+    pairs["what the chain adds to block 1 − what averaging adds to one CNN"] = "gain", "averaging's"
     return "\n".join([*lines, "", *differences("", accuracy, loss, pairs)])
 
 
@@ -339,6 +342,14 @@ def command_line(about: str, replicates: int) -> argparse.Namespace:
     if not (given.dataset or given.report):
         parser.error("name a data set, or --report")
     return given
+
+
+def needs_control(given: argparse.Namespace) -> None:
+    """Exit where the rows of this file, beside which others stand, are missing: before anything trains."""
+    for replicate in range(0 if given.report else given.replicates):
+        if not answers_of(given.dataset, replicate).exists():
+            first = f"run python benchmarks/control.py {given.dataset} --replicates {given.replicates} first"
+            raise SystemExit(f"error: the control has no replicate {replicate} of {given.dataset}: {first}")
 
 
 def load_images(given: argparse.Namespace) -> noprop.Data:

@@ -1,6 +1,7 @@
 """Does NoProp work, and which part of it?
 
-    python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (2 hours);
+    python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (5 hours); makes
+                                                         what the results lack; --rows NAME ...: only these;
                                                          --times: only their seconds, in one sitting
     python benchmarks/evidence.py ladder --seeds 5       what the chain of blocks does (5 runs of the default)
     python benchmarks/evidence.py objectives --seeds 2   NoProp-DT's embeddings and learning rates, two epochs
@@ -55,7 +56,7 @@ from noprop_lab.settings import LabConfig, WholeConfig
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
-P = "p, Holm"
+P, SEEDS = "p, Holm", "seeds"
 
 DT = "--objective=dt"
 LAST = [DT, "--updates=last"]  # cross-entropy and KL term once a step, blocks side by side
@@ -169,32 +170,44 @@ def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
     return [noprop.load(folder_of(list(flags), seed) / "noprop_hybrid.pt") for seed in seeds]
 
 
-def headline(seeds: range) -> Rows:
+def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
     """Which way of training is best? Test accuracy of the weights that validation selects."""
-    columns = {
-        "test accuracy": "test_accuracy",
-        "cut after block 1": "test_accuracy_after_1",
-        "mean of all blocks": "test_accuracy_average",
-        "best test epoch": "best_test_accuracy",
-        "epochs": "epochs",
+    test, rows = noprop.load_data(noprop.Config()).test, kept("headline").get("rows", {})
+    for name in names:
+        for part, more in headline_of(name, seeds, test, rows).items():
+            old = rows.get(part, {})
+            seen = {column: [*old[column], *more[column]] for column in more} if SEEDS in old else more
+            rows[part] = seen | {column: old[column] for column in ("seconds", PEAK) if column in old}
+    return rows
+
+
+def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows:
+    """What these rows lack of the seeds: of a way of training, and of its other way of inference."""
+    flags, there = HEADLINE[name], rows.get(name, {}).get(SEEDS, [])
+    if not (missing := [seed for seed in seeds if seed not in there]):
+        return {}
+    [of_one] = run({name: flags}, missing).values()
+    found = {
+        name: {
+            SEEDS: missing,
+            "test accuracy": [x["test_accuracy"] for x in of_one],
+            "cut after block 1": [x["test_accuracy_by_blocks"][0] for x in of_one],
+            "mean of all blocks": [x["test_accuracy_average"] for x in of_one],
+            "best test epoch": [best_test_accuracy(x) for x in of_one],
+            "epochs": [x["epochs"] for x in of_one],
+        }
     }
-    test = noprop.load_data(noprop.Config()).test
-    rows: Rows = {}
-    for name, of_one in run(HEADLINE, seeds).items():
-        for x in of_one:
-            x["test_accuracy_after_1"] = x["test_accuracy_by_blocks"][0]
-            x["best_test_accuracy"] = best_test_accuracy(x)
-        rows[name] = {column: [x[key] for x in of_one] for column, key in columns.items()}
-        for temperature, wanted in ((1.0, not HEADLINE[name]), (0.0, DT in HEADLINE[name])):
-            if wanted:  # the other way of inference
-                models = (network_of(folder_of(HEADLINE[name], seed)) for seed in seeds)
-                found = [inferred(model, temperature, test) for model in models]
-                rows[f"{name}, at τ = {temperature:g}"] = {
-                    "test accuracy": [x["accuracy"][-1] for x in found],
-                    "cut after block 1": [x["accuracy"][0] for x in found],
-                    "mean of all blocks": [x["accuracy_average"] for x in found],
-                }
-    return timed(rows)
+    for temperature, wanted in ((1.0, not flags), (0.0, DT in flags)):
+        if wanted:
+            models = (network_of(folder_of(flags, seed)) for seed in missing)
+            answers = [inferred(model, temperature, test) for model in models]
+            found[f"{name}, at τ = {temperature:g}"] = {
+                SEEDS: missing,
+                "test accuracy": [x["accuracy"][-1] for x in answers],
+                "cut after block 1": [x["accuracy"][0] for x in answers],
+                "mean of all blocks": [x["accuracy_average"] for x in answers],
+            }
+    return found
 
 
 def timed(rows: Rows) -> Rows:
@@ -371,8 +384,9 @@ def ablation(seeds: range) -> Rows:
     val = noprop.load_data(noprop.Config()).val
     results = [inference(model, val) for model in networks(seeds, *TWO_EPOCHS)]
     rows = differences(columns | {name: [result[name] for result in results] for name in results[0]})
-    settings = {name: row["Δ"] for name, row in rows.items() if not name.startswith("BUG")}
-    for name, p in intervals.adjusted(settings).items():  # a bug's spread is no measure of the others'
+    values = {name: x["validation accuracy"] for name, x in rows.items() if not name.startswith("BUG")}
+    base = values.pop(next(iter(values)))
+    for name, p in intervals.adjusted(base, values).items():  # a bug's spread is no measure of the others'
         rows[name][P] = [p]
     return rows
 
@@ -457,6 +471,13 @@ def cheaper(_seeds: range) -> Rows:
 
 # --- Report ------------------------------------------------------------------------------------------------
 
+
+def kept(name: str) -> dict:
+    """The results file of a table: its command, PyTorch's version, and its rows; empty if there is none."""
+    path = RESULTS / f"evidence-{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 TABLES = {
     table.__name__: table
     for table in (headline, ladder, objectives, embeddings, ablation, paper, fashion, cheaper)
@@ -465,6 +486,8 @@ BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
 
 def cell(column: str, values: list[float]) -> str:
+    if column == SEEDS:
+        return str(len(values))
     if column == P:
         return f"{values[0]:.3f}" if values[0] >= 0.001 else "< 0.001"
     digits = {"seconds": 0, "epochs": 0, "GFLOP": 0, "MiB": 1, "nll": 3}
@@ -561,11 +584,11 @@ def dots(axes, rows: Rows, column: str) -> None:
     finish_axes(axes)
 
 
-def write_report(name: str, kept: dict) -> None:
+def write_report(name: str, found: dict) -> None:
     """Put a table and its picture into docs/evidence.md, between their marks."""
-    made = f"`python benchmarks/evidence.py {kept['command']}`, PyTorch {kept['torch']}"
+    made = f"`python benchmarks/evidence.py {found['command']}`, PyTorch {found['torch']}"
     picture = f"![{TABLES[name].__doc__}](img/evidence_{name}.png)"
-    write(name, f"{picture}\n\n{markdown(kept['rows'])}\n\n{made}")
+    write(name, f"{picture}\n\n{markdown(found['rows'])}\n\n{made}")
 
 
 def main() -> int:
@@ -574,29 +597,33 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--times", action="store_true", help="of headline: measure only its seconds anew")
+    parser.add_argument("--rows", nargs="+", choices=HEADLINE, help="of headline: only these", metavar="NAME")
     parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="for paper and fashion: its files")
     arguments = parser.parse_args()
     if arguments.fashion_mnist and arguments.table not in ("paper", "fashion"):
         parser.error("--fashion-mnist is of the tables paper and fashion: leave it out")
     if arguments.table == "fashion" and not arguments.fashion_mnist:
         parser.error("fashion takes --fashion-mnist DIR, the folder with its files")
-    if arguments.times and arguments.table != "headline":
-        parser.error("--times is of the table headline: leave it out")
+    if (arguments.times or arguments.rows) and arguments.table != "headline":
+        parser.error("--times and --rows are of the table headline: leave them out")
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed
     path = RESULTS / f"evidence-{name}.json"
+    found = kept(name)
     if arguments.times:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        timed(kept["rows"])
+        timed(found["rows"])
     else:
-        more = [arguments.fashion_mnist] if arguments.fashion_mnist else []
+        more = [x for x in (arguments.fashion_mnist, arguments.rows) if x]
         rows = TABLES[name](range(first, first + arguments.seeds), *more)
-        command = ["DIR" if x == str(arguments.fashion_mnist) else x for x in sys.argv[1:]]
-        kept = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
-    print(markdown(rows := kept["rows"]))
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_report(name, kept)
+        words = [word for x in sys.argv[1:] for word in x.split("=", 1)]
+        command = ["DIR" if Path(x) == arguments.fashion_mnist else x for x in words]
+        if arguments.rows:  # the rest of the table stays
+            command = found.get("command", name).split()
+        found = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
+    print(markdown(rows := found["rows"]))
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(name, found)
     return noprop.picture(draw, DOCS / "img" / f"evidence_{name}.png", rows, TABLES[name].__doc__)
 
 

@@ -1,5 +1,6 @@
 """Accuracy, likelihood and calibration from what is kept of each image, and paired bootstrap intervals."""
 
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -39,28 +40,30 @@ def temperature(log_p: Tensor, label: Tensor) -> float:
 
 
 @lru_cache(maxsize=1)
-def images_drawn(N: int, draws: int) -> np.ndarray:
+def images_drawn(N: int, draws: int = 4000) -> np.ndarray:
     """The share of each image in each draw, (N, draws)."""
     return np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=draws).T / N
 
 
-def resampled(rows: dict[str, np.ndarray], which: int, draws: int = 2000, stream=1) -> dict[str, np.ndarray]:
+def resampled(rows: dict[str, np.ndarray], which: int, draws=200_000, stream=1) -> dict[str, np.ndarray]:
     """Means of each row: its own, then draws of what it could have been, (1 + draws,).
 
     rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are drawn anew, the same for all rows (bootstrap).
     Of R replicates the mean moves by the standard error of R times a number from the t distribution with
-    R - 1 degrees of freedom: by the same combination of replicates in all rows of NoProp, and in all of
-    CNNs, so that differences are paired. Of one replicate, the draws are over images only. stream: of what
-    moves; another makes it independent.
+    R - 1 degrees of freedom: by the same combination of replicates in all rows but those of CNNs, whose
+    seeds are others, and the same in all of these; so differences are paired where seeds are. Of one
+    replicate, the draws are over images only. stream: of what moves; another makes it independent. (So many
+    draws as the tails of so few replicates are long.)
     """
     R, _, _, N = next(iter(rows.values())).shape
-    rng, images, found = np.random.default_rng(stream), images_drawn(N, draws), {}
+    rng, images, found = np.random.default_rng(stream), images_drawn(N), {}
     moves = rng.standard_normal((2, R, draws)) / np.sqrt(max(R * (R - 1), 1))
     moves *= np.sqrt((R - 1) / rng.chisquare(max(R - 1, 1), (2, 1, draws)))  # now of R normal numbers' t
     for name, kept in rows.items():
         values = right_and_loss(kept)[which].mean(1)  # (R, N)
         apart = values.mean(1) - values.mean()
-        drawn = values.mean(0) @ images + apart @ moves[int(name.startswith("NoProp"))]
+        over_images = np.resize(values.mean(0) @ images, draws)  # again and again: moves are new each time
+        drawn = over_images + apart @ moves[int(not re.search("CNNs|one CNN", name))]
         found[name] = np.concatenate([[values.mean()], drawn])
     return found
 
@@ -81,15 +84,18 @@ def verdict(apart: np.ndarray, replicates: int) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not resolved"
 
 
-def adjusted(apart: dict[str, list[float]]) -> dict[str, float]:
-    """Two-sided p of each row's differences by seed, at a spread pooled over all rows, corrected by Holm.
+def adjusted(base: list[float], rows: dict[str, list[float]]) -> dict[str, float]:
+    """Two-sided p of each row's values by seed against the same base, corrected by Holm.
 
-    A few seeds a row don't tell its own spread. A row whose differences are all 0 is not compared.
+    A few seeds a row don't tell its own spread: it is pooled over base and rows. A row that has the base's
+    values is not compared.
     """
-    rows = {name: np.array(x) for name, x in apart.items() if np.any(x)}
-    spread = np.sqrt(np.mean([x.var(ddof=1) for x in rows.values()]))
-    t = {name: abs(x.mean()) / (spread / len(x) ** 0.5) for name, x in rows.items()}
-    freedom = sum(len(x) - 1 for x in rows.values())
+    rows = {name: np.array(x) for name, x in rows.items() if not np.array_equal(x, base)}
+    runs = [np.array(base), *rows.values()]
+    freedom = sum(len(x) - 1 for x in runs)
+    spread = np.sqrt(sum((len(x) - 1) * x.var(ddof=1) for x in runs) / freedom)
+    errors = {name: spread * (1 / len(x) + 1 / len(base)) ** 0.5 for name, x in rows.items()}
+    t = {name: abs(x.mean() - runs[0].mean()) / errors[name] for name, x in rows.items()}
     found, least = {}, 0.0
     for i, name in enumerate(sorted(t, key=lambda name: -t[name])):
         least = max(least, (len(t) - i) * 2 * stats.t.sf(t[name], freedom))

@@ -93,7 +93,7 @@ def report() -> int:
 
 
 def main() -> int:
-    given = control.command_line(__doc__, 3)
+    control.needs_control(given := control.command_line(__doc__, 3))
     if not given.report:
         data = control.load_images(given)
         lr = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
@@ -66,11 +67,6 @@ def random_settings(number: int) -> dict[str, float]:
     )
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation."""
-    return float(np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1])
-
-
 def ranking(number: int = 16) -> None:
     """How well a trial ranks settings, judged by other images and another seed.
 
@@ -97,7 +93,7 @@ def ranking(number: int = 16) -> None:
         loss = np.array([pair[seed][-1]["val_loss"] for pair in whole_runs])
         better = judge <= np.median(judge)
         for name, chosen in (("all", judge < math.inf), ("the better half", better)):
-            values = (spearman(x[chosen], judge[chosen]) for x in (error, loss))
+            values = (stats.spearmanr(x[chosen], judge[chosen]).statistic for x in (error, loss))
             print(f"| {name}, rank correlation | {seed} | {' | '.join(f'{x:.2f}' for x in values)} |")
         values = (judge[x.argmin()] - judge.min() for x in (error, loss))
         print(

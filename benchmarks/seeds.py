@@ -164,6 +164,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     arguments, flags = parser.parse_known_args()
+    if "--data-root" in flags[:-1]:  # one word, as shown() knows it
+        i = flags.index("--data-root")
+        flags[i : i + 2] = ["=".join(flags[i : i + 2])]
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     [results] = run({" ".join(flags) or "default": flags}, seeds).values()
     rows: dict[str, list[float]] = {}

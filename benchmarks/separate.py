@@ -34,6 +34,7 @@ from benchmarks.control import (
     is_there,
     load_images,
     log_p_of,
+    needs_control,
     publish,
     short_table,
 )
@@ -151,7 +152,7 @@ def report() -> int:
 
 
 def main() -> int:
-    given = command_line(__doc__, 3)
+    needs_control(given := command_line(__doc__, 3))
     if not given.report:
         data = load_images(given)
         for replicate in range(given.replicates):

@@ -49,7 +49,7 @@ def paper_setting(dataset: str) -> dict[str, Any]:
 
 
 def position(t: Tensor, width: int = 64) -> Tensor:
-    """Sines and cosines of 1000 t at frequencies from 1 to 1/10000, (B, width), for t (B,) in [0, 1].
+    """Sines and cosines of 1000 t at frequencies from 1 down to nearly 1/10000, (B, width), for t (B,).
 
     Vaswani et al. (arXiv 1706.03762), made for whole numbers: of t itself they would hardly vary.
     """

@@ -90,7 +90,8 @@ class LabConfig(Config):
     def dim(self) -> int:
         """D, which some embeddings decide themselves."""
         own = {"onehot": self.num_classes, "prototype": math.prod(self.image_shape)}
-        return own.get(self.embedding) or self.embed_dim or max(20, self.num_classes)
+        usual = 20 if self.block == "paper" else max(20, self.num_classes)  # the paper: 20, always
+        return own.get(self.embedding) or self.embed_dim or usual
 
     @property
     def learns_embedding(self) -> bool:

@@ -85,7 +85,6 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--lr", "nan"], "lr must be at least 0, and finite"),
         (["--eta-min", "1"], "eta_min must be lr (0.014) at most"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
-        (["--embed-dim", "9"], "embed_dim must be at least 10"),
         (["--ema-decay", "1"], "ema_decay must be"),
         (["--ema-decay", "1.5"], "ema_decay must be"),
         (["--train-images", "100"], "--batch-size 512 is more than the 100 training images"),

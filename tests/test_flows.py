@@ -449,6 +449,7 @@ def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, cap
         ("--objective ct --alpha-bar-start 0.9 --alpha-bar-end 0.1", "alpha_bar_start must be well below"),
         ("--objective ct --alpha-bar-end 1", "alpha_bar_start must be well below"),
         ("--objective ct --alpha-bar-start 0", "alpha_bar_start must be well below"),
+        ("--objective ct --alpha-bar-end 0.99999999", "between 0.000001 and 0.999999"),  # 1 in float32
         ("--objective ct --eta-loss-weight 0", "it would learn nothing"),
         ("--objective ct --sigma 1", "sigma"),
         ("--objective hybrid --steps 3", "steps"),

@@ -9,14 +9,15 @@ from benchmarks import intervals
 
 
 def test_p_is_pooled_and_corrected_for_the_number_of_comparisons():
-    """Spreads .1 and .3 pool to √.05; three seeds each make four degrees of freedom."""
-    rows = {"near": [0.1, 0.2, 0.0], "same": [0.0, 0.0, 0.0], "far": [-1.0, -1.3, -0.7]}
-    t = np.array([1.0, 0.1]) / (0.05 / 3) ** 0.5
-    far, near = 2 * stats.t.sf(t, 4)
-    assert intervals.adjusted(rows) == pytest.approx({"far": 2 * far, "near": near})
-    alike = intervals.adjusted({"a": [-1.0, -1.3, -0.7], "b": [-0.99, -1.29, -0.69]})
+    """Spreads .1, .2 and .3 pool to √(.14/3); three seeds each make six degrees of freedom."""
+    base, far = [9.0, 9.2, 8.8], [8.0, 8.3, 7.7]
+    rows = {"near": [9.1, 9.2, 9.0], "same": [9.0, 9.2, 8.8], "far": far}
+    p = 2 * stats.t.sf(np.array([1.0, 0.1]) / (0.14 / 3 * 2 / 3) ** 0.5, 6)
+    assert intervals.adjusted(base, rows) == pytest.approx({"far": 2 * p[0], "near": p[1]})
+    assert intervals.adjusted(base, {"far": far})["far"] == pytest.approx(stats.ttest_ind(base, far).pvalue)
+    alike = intervals.adjusted(base, {"a": far, "b": [x + 0.01 for x in far]})
     assert alike["b"] == alike["a"] < 0.05  # never below that of a larger difference
-    assert intervals.adjusted({"a": [0.01, -0.02], "b": [0.02, -0.01]}) == {"a": 1.0, "b": 1.0}
+    assert intervals.adjusted([0.0, 0.1], {"a": [0.01, 0.08], "b": [0.02, 0.09]}) == {"a": 1.0, "b": 1.0}
 
 
 def test_the_mean_of_a_few_replicates_moves_by_a_t_distribution():

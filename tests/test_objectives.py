@@ -102,6 +102,8 @@ def test_the_papers_block_skips_in_the_way_of_the_label_and_its_recipe_is_the_pa
     config = DTConfig.paper()
     recipe = config.grad_clip, config.max_norm_embed, config.embed_wd, config.patience
     assert recipe == (1e9, 1e9, 1e-3, 100)
+    assert DTConfig.paper("cifar100").dim == DTConfig(dataset="cifar100", embed_dim=20).dim == 20
+    assert DTConfig(dataset="cifar100").dim == 100
 
 
 @pytest.mark.parametrize("updates", ["each", "last"])

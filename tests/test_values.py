@@ -222,6 +222,14 @@ def test_evaluate_counts_as_a_loop_does(small_data):
     assert found["loss"] == pytest.approx([x / 500 for x in losses], rel=1e-4)
     assert found["loss_average"] == pytest.approx(average_loss / 500, rel=1e-4)
     assert len({*right, average}) == 4  # else the test could not tell them apart
+    split = noprop.Split(small_data.test.images, labels)
+    sure = noprop.evaluate(lambda *x: 30 * model(*x), split, noprop.Config())["loss"]
+    expected = nn.functional.cross_entropy(
+        30 * logits.double().movedim(1, 2), labels[:, None].expand(-1, 3), reduction="none"
+    )
+    assert (
+        sure == pytest.approx(expected.mean(0).tolist()) and expected.max() > 104
+    )  # exp(-104) is 0 in float32
 
 
 class Table(noprop.NoProp):
