@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes or updates ./noprop_env beside this script, then runs its arguments inside it:
 #   ./setup_env.sh python noprop_example.py
-# Without arguments it only sets up. PYTHON names the interpreter to build the environment with.
+# Without arguments it only sets up. PYTHON names the interpreter of a new environment: to change it, remove ./noprop_env.
 set -u
 # settings that send packages elsewhere are for other environments: pip refuses them in this one
 unset PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
@@ -47,8 +47,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
     rm -f "$stamp"
     env -u PYTHONPATH \
         "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 || {
-        [ -z "$was" ] || printf '%s\n' "$was" >"$stamp" # pip downloads first: what was there still works
-        fail "the installation failed (see above); the next call tries again. Another Python: PYTHON=python3.13 ./setup_env.sh"
+        if [ -n "$was" ]; then
+            printf '%s\n' "$was" >"$stamp" # pip downloads first
+            fail "the update failed (see above); what was there still works: . '$env/bin/activate'. The next call tries again."
+        fi
+        fail "the installation failed (see above); the next call tries again. Another Python: rm -rf '$env'; PYTHON=python3.13 ./setup_env.sh"
     }
     printf '%s\n' "$wanted" >"$stamp" || fail "cannot write $stamp"
 fi

@@ -202,7 +202,7 @@ def name_of(setting: Setting) -> str:
 def report() -> int:
     """Print the table, put it into docs/speed.md, and draw the picture."""
     rows, by_step, final, table = read(ROWS), read(TIMES), read(FINAL), {}
-    columns = "", "epochs", "seeds", "accuracy", "of the mean", "nll", "of the mean", "seconds"
+    columns = "", "epochs", "seeds", "accuracy", "accuracy of the mean", "nll", "nll of the mean", "seconds"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):
         found = [rows[setting.key(seed)] for seed in range(seeds)]

@@ -165,7 +165,7 @@ class LabOptions(Options):
     # Used most
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
     objective: Literal["hybrid", "dt", "ct", "fm", "backprop", "cascade"] | None = None  # paper: dt, ct, fm
-    dataset: Dataset | None = None  # mnist if none is named; what is missing is downloaded
+    dataset: Dataset | None = None  # mnist if none is named; what is missing of the others is downloaded
     graphs: bool = False  # on an NVIDIA GPU: replay each training step as one CUDA graph, which is faster
     # Files and machine
     threads: int = torch.get_num_threads()  # on the CPU; last bits depend on it for ct, fm and backprop alone
