@@ -5,8 +5,9 @@
     python benchmarks/search.py pays         from a bad start to the shipped defaults (30 minutes)
     python benchmarks/search.py better       runs/search/long/hpo_best.json and the defaults on fresh seeds
 
-Runs land in runs/ below the current folder; those that are there are not run again. Prints Markdown.
-The times are those of two cores.
+Runs land in runs/ below the current folder; those that are there are not run again. Prints a table, puts it
+into docs/evidence.md, and keeps the values of every seed in benchmarks/results/search-PART.json. Times are of
+two cores at 200 GFLOP/s.
 """
 
 import json
@@ -22,9 +23,19 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import mean, run
+from benchmarks.seeds import mean, run, write
 
-FOLDER = Path("runs/search")
+FOLDER, RESULTS = Path("runs/search"), Path(__file__).parent / "results"
+SEARCHED = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
+
+
+def publish(part: str, lines: list[str], found: dict) -> None:
+    """Print a table, put it into docs/evidence.md, and keep what it is made from."""
+    print("\n".join(lines))
+    write(f"search {part}", "\n".join(lines))
+    found |= {"made with": noprop.made_with(noprop.CPU)}
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    (RESULTS / f"search-{part}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def remembered(name: str, compute: Callable[[], list[dict]]) -> list[dict]:
@@ -54,17 +65,9 @@ def random_settings(number: int) -> dict[str, float]:
     def log_uniform(low: float, high: float) -> float:
         return math.exp(rng.uniform(math.log(low), math.log(high)))
 
-    return (
-        {}
-        if number == 0
-        else {
-            "lr": log_uniform(1e-3, 1e-1),
-            "eta_loss_weight": log_uniform(0.1, 10),
-            "lambda_global": log_uniform(0.1, 10),
-            "embed_wd": log_uniform(1e-8, 1e-3),
-            "weight_decay": log_uniform(1e-5, 1e-1),
-        }
-    )
+    bounds = (1e-3, 1e-1), (0.1, 10), (0.1, 10), (1e-8, 1e-3), (1e-5, 1e-1)
+    drawn = {name: log_uniform(*pair) for name, pair in zip(SEARCHED, bounds, strict=True)}
+    return drawn if number else {}
 
 
 def ranking(number: int = 16) -> None:
@@ -85,8 +88,8 @@ def ranking(number: int = 16) -> None:
         for i in range(number)
     ]
     whole_runs = [pair for pair in runs if min(map(len, pair)) == 3]
-    print(f"{len(whole_runs)} of {number} settings did not diverge.")
-    print("| settings | seed ranked | by error | by loss |\n|---|---|---|---|")
+    lines = [f"{len(whole_runs)} of {number} settings did not diverge.", ""]
+    lines += ["| settings | seed ranked | by error | by loss |", "|---|---|---|---|"]
     for seed in (0, 1):
         judge = np.array([100 - pair[1 - seed][-1]["test_accuracy"] for pair in whole_runs])
         error = np.array([100 - pair[seed][-1]["val_accuracy"] for pair in whole_runs])
@@ -94,25 +97,27 @@ def ranking(number: int = 16) -> None:
         better = judge <= np.median(judge)
         for name, chosen in (("all", judge < math.inf), ("the better half", better)):
             values = (stats.spearmanr(x[chosen], judge[chosen]).statistic for x in (error, loss))
-            print(f"| {name}, rank correlation | {seed} | {' | '.join(f'{x:.2f}' for x in values)} |")
-        values = (judge[x.argmin()] - judge.min() for x in (error, loss))
-        print(
-            f"| the chosen one's error above the best | {seed} | {' | '.join(f'{x:.2f}' for x in values)} |"
-        )
-    print("| best quarter that a median after epoch 1 would stop | both | ", end="")
+            lines.append(f"| {name}, rank correlation | {seed} | {' | '.join(f'{x:.2f}' for x in values)} |")
+        values = " | ".join(f"{judge[x.argmin()] - judge.min():.2f}" for x in (error, loss))
+        lines.append(f"| the chosen one's error above the best, points | {seed} | {values} |")
+    cells = []
     for read in (lambda x: 100 - x["val_accuracy"], lambda x: x["val_loss"]):
         stopped = []
         for seed in (0, 1):
             first, last = (np.array([read(pair[seed][k]) for pair in whole_runs]) for k in (0, -1))
             stopped += list(first[last.argsort()[: len(last) // 4]] > np.median(first))
-        print(f"{sum(stopped)} of {len(stopped)} | ", end="")
-    print()
+        cells.append(f"{sum(stopped)} of {len(stopped)}")
+    lines.append(f"| of the best quarter, a median after epoch 1 would stop | both | {' | '.join(cells)} |")
+    names = ("val_accuracy", "val_loss", "test_accuracy")  # the last: of the 10,000 images that judge
+    curves = [[{x: [record[x] for record in run] for x in names} for run in pair] for pair in runs]
+    settings = [random_settings(i) for i in range(number)]
+    publish("ranking", lines, {"settings": settings, "by setting and seed": curves})
 
 
 def weights() -> None:
     """Validation accuracy and loss after three epochs by η₁ and η₂, all else as shipped; two seeds."""
     data = noprop.load_data(noprop.Config())._replace(test=None)
-    print("| η₁ | η₂ | validation accuracy | validation loss |\n|---|---|---|---|")
+    lines, found = ["| η₁ | η₂ | validation accuracy | validation loss |", "|---|---|---|---|"], {}
     for eta, lam in ((2.0, 1.0), (0.1, 0.1), (0.1, 10.0), (10.0, 0.1), (10.0, 10.0)):
         settings = {"eta_loss_weight": eta, "lambda_global": lam}
         runs = [
@@ -120,34 +125,33 @@ def weights() -> None:
             for seed in range(2)
         ]
         columns = (mean([run[key] for run in runs], n) for key, n in (("val_accuracy", 2), ("val_loss", 4)))
-        print(f"| {eta} | {lam} | {' | '.join(columns)} |", flush=True)
+        lines.append(f"| {eta:g} | {lam:g} | {' | '.join(columns)} |")
+        found[f"η₁ {eta}, η₂ {lam}"] = {x: [run[x] for run in runs] for x in ("val_accuracy", "val_loss")}
+    publish("weights", lines, found)
 
 
-def compare(name: str, flags: list[str], seeds: range) -> list[dict]:
-    """Print a setting and the defaults, on the same seeds; returns the setting's runs."""
-    runs = run({name: flags, "shipped defaults": []}, seeds)
-    print("| | validation | test |\n|---|---|---|")
+def compare(part: str, name: str, flags: list[str], seeds: range) -> None:
+    """A setting and the defaults, on the same seeds."""
+    runs, lines, found = run({name: flags, "the defaults": []}, seeds), ["| | validation | test |"], {}
+    lines.append("|---|---|---|")
     for name, of_one in runs.items():
-        columns = (mean([x[key] for x in of_one]) for key in ("val_accuracy", "test_accuracy"))
-        print(f"| {name} | {' | '.join(columns)} |")
+        values = {key: [x[key] for x in of_one] for key in ("val_accuracy", "test_accuracy")}
+        lines.append(f"| {name} | {' | '.join(map(mean, values.values()))} |")
+        found[name] = values | {x: [summary["config"][x] for summary in of_one] for x in SEARCHED}
     apart = [a["val_accuracy"] - b["val_accuracy"] for a, b in zip(*runs.values(), strict=True)]
-    print(f"| difference, by seed | {mean(apart, 3)} | |")
-    return next(iter(runs.values()))
+    publish(part, [*lines, f"| difference, by seed | {mean(apart, 3)} | |"], {"seeds": list(seeds)} | found)
 
 
 def pays() -> None:
     """Short searches that begin at a learning rate of 0.3, and the defaults, seeds 5 to 7."""
     flags = ["--run-hpo", "--lr=0.3", "--hpo-trials=12", "--hpo-epochs=2"]
-    for found in compare("12 trials of 2 epochs from --lr 0.3", flags, range(5, 8)):
-        names = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
-        config = found["config"]
-        print(f"seed {config['seed']}: " + ", ".join(f"{name} {config[name]:.2g}" for name in names))
+    compare("pays", "12 trials of 2 epochs from --lr 0.3", flags, range(5, 8))
 
 
 def better() -> None:
     """What a longer search has found, and the defaults, on seeds that the search has not used."""
     best = "runs/search/long/hpo_best.json"
-    compare("found by the longer search", [f"--config={best}"], range(5, 10))
+    compare("better", "found by the longer search", [f"--config={best}"], range(5, 10))
 
 
 if __name__ == "__main__":
