@@ -1218,12 +1218,14 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     from sqlalchemy import URL
     from sqlalchemy.exc import SQLAlchemyError
 
-    data, path = load_data(config, options.data_root, device), options.output_dir / "noprop_hpo.db"
+    load_data(config, options.data_root, device)  # what can't be read ends a search before it begins
+    path = options.output_dir / "noprop_hpo.db"
     url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
     short = replace(config, epochs=options.hpo_epochs)
 
     def records(config: Config) -> Iterator:
-        return train(State(config, device), data._replace(test=None), threads=options.threads, steps_too=True)
+        data = load_data(config, options.data_root, device)._replace(test=None)  # augment may be searched too
+        return train(State(config, device), data, threads=options.threads, steps_too=True)
 
     with locked(options.output_dir), caught_signals() as signalled:
         try:
@@ -1248,6 +1250,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     there = {}
     with suppress(Failure):  # there is none, or it is damaged, or the lab's
         there = read_checkpoint(options.checkpoint(config))
+    data = load_data(config, options.data_root, device)
     begun = there.get("config") == config and there.get("data") == data.digest()  # weights alone have none
     return run(State(config, device), data, options, there if begun else None)
 

@@ -20,7 +20,7 @@ from noprop_example import Failure, NoProp, say
 from noprop_lab import backprop, cascade, dt, flows, parallel, parts
 from noprop_lab import demo as drawing
 from noprop_lab import search as hpo
-from noprop_lab.data import class_folders, load_data
+from noprop_lab.data import class_folders, load_data, with_augmentation
 from noprop_lab.early_exit import early_exit
 from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
@@ -256,7 +256,8 @@ def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
         return kind(config, device, data)
 
     def run(config: LabConfig, content: dict[str, Any] | None) -> int:
-        return noprop.run(new_state(config), data, options, content, step, end=end_of(config))
+        own = with_augmentation(data, config)
+        return noprop.run(new_state(config), own, options, content, step, end=end_of(config))
 
     return hpo.search(config, options, data, new_state, run, step)
 

@@ -27,11 +27,13 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLA
 
 import noprop_example as noprop
 from noprop_example import Data, Failure, say, standard_error
+from noprop_lab.data import with_augmentation
 from noprop_lab.networks import read_checkpoint
 from noprop_lab.settings import LabConfig, LabOptions, WholeConfig
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 LOCK = ".noprop_hpo.lock"  # among the workers that share an output folder
+READ = {"dataset", "image_size", "classes", "all_images", "train_images"}  # decide which images there are
 
 
 def url_of(options: LabOptions):
@@ -89,6 +91,8 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
 
     def suggest(trial) -> dict[str, Any]:
         found = noprop.suggest(trial)
+        if read := found.keys() & READ:
+            raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
         return {name: value for name, value in found.items() if name not in config.WITHOUT_EFFECT}
 
     return suggest
@@ -167,8 +171,8 @@ class Worker:
 
     def records(self, config: LabConfig) -> Iterator[dict[str, Any] | None]:
         """What a trial's training yields."""
-        state, threads = self.new_state(config), self.options.threads
-        return noprop.train(state, self.data, self.step, threads, steps_too=True)
+        state, data = self.new_state(config), with_augmentation(self.data, config)
+        return noprop.train(state, data, self.step, self.options.threads, steps_too=True)
 
     def cost(self, record: dict[str, Any]) -> float:
         """What the search makes small, of an epoch's record."""

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,16 @@ def test_files_of_a_run(trained, capsys):
     assert noprop.main(["--evaluate", str(trained / "noprop_hybrid.pt")]) == 0
     assert f"Test accuracy {summary['test_accuracy']:.2f} ±" in capsys.readouterr().out
     assert f"{summary['test_accuracy']:.2f}" != f"{summary['val_accuracy']:.2f}"  # else this shows nothing
+
+
+def test_evaluation_as_the_paper_samples(trained, data, capsys):
+    content = noprop.read_checkpoint(path := trained / "noprop_hybrid.pt")
+    config = replace(content["config"], temperature=1.0, weights="ddpm")
+    found = noprop.evaluate(noprop.build(config, content=content), data.test, config)["accuracy"][-1]
+    assert noprop.main(["--evaluate", str(path), "--temperature=1", "--weights=ddpm"]) == 0
+    assert f"Test accuracy {found:.2f} ±" in capsys.readouterr().out
+    plain = json.loads((trained / "noprop_hybrid.json").read_text())["test_accuracy"]
+    assert f"{found:.2f}" != f"{plain:.2f}"  # else this shows nothing
 
 
 def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
@@ -289,6 +301,12 @@ def test_one_bad_picture_among_many_and_the_others_are_answered(capsys, tmp_path
     assert noprop.main(["--predict", str(trained / "noprop_hybrid.pt"), *paths]) == 2
     output = capsys.readouterr()
     assert [line.split(": ")[1][0] for line in output.out.splitlines()] == ["7", "2"]
+    images = noprop.read_digit(tmp_path / "0.png")[None]
+    shares = noprop.load(trained / "noprop_hybrid.pt").probabilities(images)[0, -1]
+    printed = re.findall(r"(\d): ([\d.]+) %", output.out.splitlines()[0])  # the three most probable
+    assert printed == [
+        (str(k), f"{100 * shares[k]:.1f}") for k in shares.argsort(descending=True)[:3].tolist()
+    ]
     assert output.err.startswith("error: cannot read the image") and output.err.count("\n") == 1
 
 
@@ -305,6 +323,13 @@ def test_memory_that_runs_out_is_a_line(error, capsys):
     fails(capsys, 1, [], "out of memory", main=lambda arguments: noprop.main(arguments, execute))
 
 
+def test_ctrl_c_where_nothing_catches_it_has_its_code():
+    def execute(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert noprop.main([], execute) == 130
+
+
 def test_a_fault_of_the_program_is_no_line():
     def execute(arguments: list[str]) -> int:
         raise RuntimeError("an illegal memory access")
@@ -318,10 +343,18 @@ def test_a_device_that_is_not_there(name, code, capsys):
     fails(capsys, code, [f"--device={name}"], f"--device {name} can't be used here")
 
 
-def test_deterministic_is_asked_of_torch():
+def test_by_itself_the_device_is_the_accelerator(monkeypatch):
+    """One that is found, and can't be used: so it was asked."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("meta"))
+    with pytest.raises(noprop.Failure, match="--device meta can't be used"):
+        noprop.pick_device(noprop.Options())
+
+
+def test_deterministic_is_asked_of_torch(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         noprop.pick_device(noprop.Options(device="cpu", deterministic=True))
-        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -352,6 +385,17 @@ def test_divergence_keeps_the_last_checkpoint(minutes, saved, capsys, tmp_path):
     checkpoint = noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
     assert checkpoint["training"]["step"] == saved
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
+
+
+def test_a_checkpoint_comes_when_it_is_time(small_data, tmp_path, monkeypatch):
+    """Of twelve steps that take a minute each: every four, where one is to come after 3.5 minutes."""
+    state, saved = noprop.State(noprop.Config(num_blocks=1, batch_size=40, epochs=1)), []
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * state.step, perf_counter=time.perf_counter)
+    monkeypatch.setattr(noprop, "time", clock)
+    monkeypatch.setattr(noprop.State, "save", lambda self, *_: saved.append(self.step))
+    options = noprop.Options(output_dir=tmp_path, checkpoint_minutes=3.5)
+    assert noprop.train_and_save(state, small_data, options, noprop.train_step, lambda: 0) == 0
+    assert saved == [4, 8, 12, 12]  # the last of the epoch
 
 
 def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path):
@@ -415,7 +459,7 @@ def test_a_reader_that_leaves_and_letters_that_a_console_lacks(flags, tmp_path):
     run = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
     assert run.stdout.readline().startswith(b"NoProp on cpu")
     run.stdout.close()
-    assert run.wait(60) == 0 and run.stderr.read() == b""
+    assert run.wait(300) == 0 and run.stderr.read() == b""
     run.stderr.close()
     assert sorted(os.listdir(folder)) == [b".noprop_run.lock", *sorted(x.encode() for x in OUTPUTS)]
     ascii_help = subprocess.run([sys.executable, SCRIPT, "--help"], env=environment, capture_output=True)

@@ -31,9 +31,11 @@ def test_a_checkpoint_holds_what_its_readers_need(checkpoint):
     assert content["config"] == state.config and content["path"] == path
     assert content["data"] == "digest of the data" and content["made_with"] == noprop.made_with(CPU)
     assert same(content["model"], state.averaged.state_dict())
+    assert content["made_with"]["torch"] == str(torch.__version__)
     assert content["training"].keys() == {*noprop.State.POSITION, "parts"}
     model = noprop.load(path)
     assert same(model.state_dict(), state.averaged.state_dict()) and not model.training
+    assert noprop.load(path, "meta").classifier.weight.is_meta
     other = noprop.State(noprop.Config(**TINY | {"seed": 1}))
     other.resume(content, "digest of the data")
     assert same(other.model.state_dict(), state.model.state_dict())

@@ -29,7 +29,7 @@ def quick(monkeypatch, small_data):
 
     def few(config, *_) -> noprop.Data:
         train = noprop.Split(*(x[: config.train_images] for x in small_data.train))
-        return small_data._replace(train=train)
+        return small_data._replace(train=train, augment=noprop.augment if config.augment else None)
 
     monkeypatch.setattr(noprop, "load_data", few)
 
@@ -158,10 +158,14 @@ def test_a_search_in_which_everything_diverges_says_so(tmp_path, monkeypatch, ca
 
 
 def test_a_space_of_the_readers_own(tmp_path, monkeypatch):
-    """Choices without the config's own value, and a setting that is not searched: the best has both."""
+    """Choices without the config's own value, and a setting that is not searched: the best has both.
+
+    And so have the images, of the trial and of the run that follows.
+    """
     monkeypatch.setattr(
         noprop, "suggest", lambda trial: {"lr": trial.suggest_categorical("lr", [0.02]), "augment": False}
     )
+    monkeypatch.setattr(noprop, "augment", lambda *_: pytest.fail("the images are augmented"))
     assert search(tmp_path, hpo_trials=1) == 0
     written = json.loads((tmp_path / "hpo_best.json").read_text())
     assert (written["lr"], written["augment"], written["epochs"]) == (0.02, False, 1)
@@ -180,7 +184,7 @@ def test_a_suggestion_that_is_no_setting(tmp_path, monkeypatch, capsys, suggest,
 
 
 def test_another_search_is_another_study(tmp_path):
-    """With other settings, or of another space; nothing is mixed."""
+    """With other settings; nothing is mixed. (Of another space: test_search_steps.py.)"""
     one = partial(search, tmp_path, hpo_trials=1)
     assert one() == one(num_blocks=2) == one(hpo_epochs=2) == 0
     assert len(studies(tmp_path)) == 3
@@ -226,11 +230,12 @@ def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
 def test_a_full_disk_in_mid_search_is_one_line(tmp_path):
     """A limit on the size of files stands for the full disk."""
     assert search(tmp_path, hpo_trials=1) == 0
+    before = outcome(trials(tmp_path))
     blocks = (tmp_path / "noprop_hpo.db").stat().st_size // 1024 + 8
     arguments = " ".join(flags(tmp_path, hpo_trials=200))
     command = f"ulimit -f {blocks}; exec {sys.executable} {ROOT / 'noprop_example.py'} {arguments}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1, result.stderr
     assert "noprop_hpo.db: " in result.stderr and result.stderr.count("\n") == 1, result.stderr
-    kept = len([x for x in trials(tmp_path) if x.state.name in ("COMPLETE", "PRUNED")])
-    assert kept >= 1 and search(tmp_path, hpo_trials=kept + 1) == 0
+    found = [x for x in trials(tmp_path) if x.state.name in ("COMPLETE", "PRUNED")]
+    assert outcome(found)[:1] == before and search(tmp_path, hpo_trials=len(found) + 1) == 0

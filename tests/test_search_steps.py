@@ -40,6 +40,7 @@ def test_a_trial_reports_its_epochs_and_is_pruned_before_its_last_one_only(small
     trial = Trial()
     value = run(trial, small_data, 2)
     assert trial.reported[-1] == (2, value) and len(trial.reported) == 2
+    assert isinstance(trial.study.sampler, optuna.samplers.TPESampler)
     assert trial.user_attrs["record"]["val_loss"] == value
     with pytest.raises(optuna.TrialPruned):
         run(trial := Trial(prune=True), small_data, 2)
@@ -91,6 +92,12 @@ def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tm
         assert noprop.open_study(config, url, noprop.suggest).study_name != first.study_name
     same = noprop.open_study(noprop.Config(lr=0.02), url, noprop.suggest)
     assert same.study_name == first.study_name  # what is searched for may start elsewhere
+
+    def wider(trial) -> dict:
+        return {"lr": trial.suggest_float("lr", 1e-3, 0.2, log=True)} | noprop.suggest(trial)
+
+    with pytest.warns(RuntimeWarning, match="Inconsistent"):  # of Optuna, as lr has two ranges
+        assert noprop.open_study(noprop.Config(), url, wider).study_name != first.study_name
     with pytest.raises(noprop.Failure, match="no setting: speed"):
         noprop.open_study(noprop.Config(), url, lambda trial: {"speed": 1})
 

@@ -1,6 +1,7 @@
 """It learns, repeats itself exactly, chooses on validation images, and no label leaks into an answer."""
 
 import gzip
+import math
 
 import pytest
 import torch
@@ -125,6 +126,12 @@ def test_a_poisoned_block_is_named(small_data):
     training = noprop.State(noprop.Config(**TINY))
     training.model.blocks[1].head[0].bias.data[0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"loss of block 2 is (nan|inf) by step 1:"):
+        list(noprop.train(training, small_data))
+    training = noprop.State(noprop.Config(**TINY))  # and where the loss is finite and its gradient is not
+    training.model.blocks[1].head[0].register_full_backward_hook(
+        lambda *_: (torch.full((128, 128), math.inf),)
+    )
+    with pytest.raises(FloatingPointError, match=r"gradient norm of block 2 is (nan|inf) by step 1:"):
         list(noprop.train(training, small_data))
 
 

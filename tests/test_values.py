@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, noprop
+from conftest import CPU, TINY, load_all, noprop
 from PIL import Image
 from torch import nn
 
@@ -134,6 +134,17 @@ def smooth_picture() -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     spots = ((13, 9, 1.0), (18, 17, 0.7), (9, 17, 0.5))
     return sum(h * torch.exp(-((x - a) ** 2 + (y - b) ** 2) / 16) for a, b, h in spots)
+
+
+def test_whether_there_is_augmentation():
+    assert load_all(noprop.Config()).augment is noprop.augment
+    assert load_all(noprop.Config(augment=False)).augment is None
+
+
+def test_to_make_a_network_leaves_the_callers_draws_alone():
+    before = torch.get_rng_state()
+    noprop.build(noprop.Config(num_blocks=1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_augmentation_is_what_pillow_does():
@@ -353,7 +364,17 @@ def test_which_epochs_weights_are_kept(accuracies, changes, selected, tmp_path):
     assert torch.equal(again.averaged.classifier.bias, torch.full((10,), float(len(accuracies))))
 
 
-def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
+def test_a_run_that_was_stopped_before_its_first_epoch_goes_on(tmp_path):
+    """What it has selected is what it averages, as before; and seconds are counted on."""
+    state = noprop.State(noprop.Config(num_blocks=1))
+    state.seconds = 7.0
+    state.save(path := tmp_path / "noprop_hybrid.pt", "")
+    (again := noprop.State(state.config)).resume(noprop.read_checkpoint(path), "")
+    again.averaged.classifier.bias.data.fill_(5)
+    assert again.selected["classifier.bias"].eq(5).all() and again.seconds == 7
+
+
+def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path, capsys):
     """And not of the average as the last epoch left it."""
     state = noprop.State(noprop.Config(num_blocks=1))
     kept = noprop.build(noprop.Config(num_blocks=1, seed=7)).eval()
@@ -362,6 +383,9 @@ def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path):
     state.selected, state.selected_epoch = kept.state_dict(), 1
     assert noprop.finish(state, data, noprop.Options(output_dir=tmp_path)) == 0
     assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["test_accuracy"] == 100
+    printed = capsys.readouterr().out
+    assert "Test accuracy    100.00 ± 0.00 % (± for 500 images)" in printed
+    assert "After block 1 …  100.00 %" in printed and "Blocks' average  100.00 %" in printed
     assert noprop.evaluate(state.averaged, data.test, state.config)["accuracy"][-1] < 100
 
 
@@ -386,7 +410,9 @@ def test_the_blocks_average_answers_where_it_fits_validation_images_better(
     losses = summary["val_loss_average"], summary["val_loss"]
     by_average = sure != 3  # a wrong answer that is sure costs more than the mean with two that are not
     assert (losses[0] < losses[1]) == state.by_average == by_average
-    assert ("--evaluate and --predict answer by it" in capsys.readouterr().out) == by_average
+    printed, error = capsys.readouterr().out, noprop.standard_error(summary["test_accuracy"], 500)
+    assert f"± {error:.2f} % (± for 500 images)" in printed and error > 1
+    assert ("--evaluate and --predict answer by it" in printed) == by_average
     assert noprop.load(tmp_path / "noprop_hybrid.pt").by_average == by_average
     content = torch.load(tmp_path / "noprop_hybrid.pt", weights_only=True)
     other = noprop.Config(num_blocks=3, temperature=1.0, weights="ddpm")  # not what it was decided for
@@ -480,13 +506,17 @@ def test_what_the_picture_of_the_denoising_shows(small_data):
 
 def test_the_picture_of_the_denoising_is_of_samples_as_the_paper_draws_them(small_data, monkeypatch):
     model, seen, step = noprop.build(noprop.Config(num_blocks=4)).eval(), [], noprop.NoProp.step
+    read, classes_in = [], noprop.classes_in
 
     def watched(self, t, image, z, temperature=0.0, noise=None):
         seen.append((temperature, self.steps))
         return step(self, t, image, z, temperature, noise)
 
     monkeypatch.setattr(noprop.NoProp, "step", watched)
+    monkeypatch.setattr(noprop, "classes_in", lambda *x: read.append(x) or classes_in(*x))
     noprop.draw_denoising(model, small_data.test)
+    assert [level for _, _, level in read] == model.alpha_bar.tolist()
+    assert read[0][0].std().item() == pytest.approx(1, abs=0.2)  # z_0 is noise
     assert seen[-4:] == [(1.0, noprop.reverse_steps(model.alpha_bar).tolist())] * 4
 
 
