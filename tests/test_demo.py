@@ -128,8 +128,10 @@ def test_many_digits_are_sampled_too(network, data):
 
 def test_a_twin_that_draws_nothing_is_not_sampled(tmp_path):
     model = load(untrained(tmp_path, BackpropConfig(num_blocks=2)))
-    one, other = (answer(model, model.config, 0.99, url_of(drawn(7)), tau, 1) for tau in (0.0, 1.0))
-    assert one == other
+    mixes = load(untrained(tmp_path, BackpropConfig(num_blocks=2, weights="learned", classify="z")))
+    for network, alike in ((model, True), (mixes, False)):
+        one, other = (answer(network, network.config, 0.99, url_of(drawn(7)), tau, 1) for tau in (0.0, 1.0))
+        assert (one == other) == alike
 
 
 def test_what_is_no_digit_gets_a_line(network):
@@ -162,9 +164,12 @@ def test_what_the_page_can_not_show_is_refused(tmp_path, capsys):
 
 def test_without_temperature_nothing_is_sampled_of_no_network(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("noprop_lab.demo.show", lambda ask, port: shown.append(ask.args[0]))
-    assert lab.main(["demo", str(untrained(tmp_path, DTConfig(num_blocks=2)))]) == 0
-    assert shown[0].config.temperature == 0 and DTConfig().temperature == 1
+    monkeypatch.setattr("noprop_lab.demo.show", lambda ask, port: shown.append((*ask.args, port)))
+    command = ["demo", str(untrained(tmp_path, DTConfig(num_blocks=2)))]
+    assert lab.main([*command, "--early-exit=0.7", "--port=7000"]) == 0
+    [(model, config, early_exit, port)] = shown
+    assert model.config.temperature == 0 and DTConfig().temperature == 1
+    assert (early_exit, port) == (0.7, 7000)
 
 
 def test_without_gradio_a_line_says_what_to_install(capsys, monkeypatch):

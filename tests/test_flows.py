@@ -509,3 +509,16 @@ def test_a_search_ends_in_a_run(tmp_path):
     flags = flags_of(tmp_path, "--objective=fm", num_blocks=1)
     assert lab.main(["search", *flags, "--hpo-trials=2", "--hpo-epochs=1", "--threads=1"]) == 0
     assert (tmp_path / "noprop_fm.json").exists()
+
+
+@pytest.mark.parametrize("kind", [CTConfig, FMConfig])
+def test_all_threads_share_a_step(kind, small_data):
+    """As many as the config says, whatever --threads does."""
+    config = kind(batch_size=64, step_threads=3)
+    make, step = lab.kind_and_step(config, False, CPU)
+    state, seen = make(config), []
+    state.model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    images, labels = (x[:64] for x in small_data.train)
+    with noprop.workers(CPU, 1) as parallel:
+        step(state, noprop.to_float(images), labels, 1e-3, parallel)
+        assert seen and set(seen) == {3} and torch.get_num_threads() == 1

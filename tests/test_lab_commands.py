@@ -15,7 +15,9 @@ from laboratory import contents, flags_of, lab, quick_lab, refused, untrained
 from noprop_lab import parts, search
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
+from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
+from noprop_lab.fm import FMConfig
 from noprop_lab.networks import CONFIGS, load
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions
 
@@ -101,6 +103,13 @@ def test_settings_of_an_objective():
     assert (paper.schedule, paper.ema_decay, paper.augment) == ("constant", 0.0, False)
     assert DTConfig.paper(epochs=2).epochs == 2
     assert BackpropConfig().step_threads == noprop.Options.threads
+    rival, ct, fm = BackpropConfig.paper(), CTConfig(), FMConfig()
+    mixes = rival.weights, rival.target, rival.classify, rival.temperature
+    assert mixes == ("learned", "classes", "z", 1.0)
+    for flow in (ct, fm):
+        assert (flow.steps, flow.draws, flow.epochs, flow.temperature) == (10, 4, 30, 0.0)
+    assert (ct.alpha_bar_start, ct.alpha_bar_end, fm.sigma) == (0.05, 0.9, 0.1)
+    assert (CascadeConfig().hand_on, CascadeConfig().estimates) == ("features", "live")
     for config in (LabConfig(), BackpropConfig()):  # all else is the script's
         assert {name: getattr(config, name) for name in vars(plain)} | {"embed_dim": 20} == vars(plain) | {
             "embed_dim": 20
@@ -113,6 +122,8 @@ def test_settings_of_an_objective():
     [
         (["--dataset=fashion_mnist"], "deep", 24),
         (["--dataset=fashion_mnist", "--block=small"], "small", 24),
+        (["--dataset=cifar10"], "deep", 30),
+        (["--dataset=cifar100"], "deep", 30),
         (["--dataset=fashion_mnist", "--preset=reference"], "reference", 100),
         (["--dataset=cifar10", "--preset=paper"], "paper", 150),
         (["--dataset=cifar100", "--preset=paper", "--objective=fm"], "paper", 1000),
@@ -274,8 +285,9 @@ def test_help_and_usage(capsys):
     assert "noprop_lab predict CHECKPOINT PICTURES ... [flags]" in capsys.readouterr().out
     for flags in ("search --hpo-trials 3", "evaluate F --early-exit 0.9", "weights"):
         assert lab.main([*flags.split(), "--help"]) == 0
-    assert lab.main(["train", "--objective", "dt", "--help"]) == 0
     assert "--early-exit" in capsys.readouterr().out
+    assert lab.main(["train", "--objective", "dt", "--help"]) == 0
+    assert "--updates" in capsys.readouterr().out  # which other objectives have not
 
 
 @pytest.mark.parametrize("kinds", [*((x, LabOptions) for x in CONFIGS.values()), (DemoOptions,)])
@@ -386,5 +398,6 @@ def test_a_part_of_a_network_is_no_network(tmp_path, capsys):
             read(path)
     refused(capsys, 2, ["evaluate", str(path)], "holds blocks 1-2 alone", "merge")
     refused(capsys, 2, ["predict", str(path), "a.png"], "holds blocks 1-2 alone")
+    refused(capsys, 2, ["weights", str(path), str(tmp_path / "x.pt")], "holds blocks 1-2 alone")
     refused(capsys, 2, ["train", f"--embedding-from={path}"], "holds blocks 1-2 alone")
     refused(capsys, 2, ["--evaluate", str(path)], "noprop_lab", main=noprop.main)

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,26 @@ def test_the_death_of_a_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
     assert checkpoint(tmp_path / "run")["training"]["step"] > 0
 
 
+def test_a_folder_in_which_another_run_writes_is_one_line_of_all_processes(tmp_path):
+    with noprop.locked(tmp_path / "run"):
+        processes = several(2, output := tmp_path / "output", flags_of(tmp_path / "run", num_blocks=2))
+        assert ended(processes, [output], 2)[0].count("error: ") == 1
+    assert "another run writes into" in output.read_text()
+
+
+def test_a_gpu_for_each_process(monkeypatch):
+    """Asked of a machine that says that it has two."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(noprop, "pick_device", lambda options: options.device)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert parallel.pick_device(noprop.Options()) == "cuda:1"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(noprop.Failure, match="there are 2 GPUs"):
+        parallel.pick_device(noprop.Options())
+
+
 def test_too_many_processes_are_refused_once(tmp_path):
     processes = several(2, output := tmp_path / "output", flags_of(tmp_path / "run", num_blocks=1))
     assert ended(processes, [output], 2)[0].count("error: 2 processes for 1 blocks") == 1
@@ -160,14 +181,19 @@ def test_an_error_in_a_collective_is_named_as_what_it_is(error, message, monkeyp
 
 
 def test_processes_with_other_images_do_not_train(monkeypatch, tmp_path, data):
-    monkeypatch.setattr(parallel, "collective", lambda _, found, own: found.extend([own, "of other images"]))
+    def gathered(_, found, own) -> None:
+        assert own == data.digest()
+        found[:] = [own, "of other images"]
+
+    monkeypatch.setattr(parallel, "collective", gathered)
     state = parallel.SharedState(LabConfig(num_blocks=2))
     with pytest.raises(noprop.Failure, match="the processes have different images"):
         parallel.run(state, data, noprop.Options(output_dir=tmp_path), None, noprop.finish)
 
 
-def test_processes_save_when_it_is_time():
-    saved = []
+def test_processes_save_when_it_is_time(monkeypatch):
+    """After more than ten minutes, asked every so many steps; a signal comes through the moment after."""
+    saved, clock, signals = [], [0.0], []
 
     class Saves:
         config = LabConfig()
@@ -175,8 +201,12 @@ def test_processes_save_when_it_is_time():
         def save(self, path: Path, digest: str) -> None:
             saved.append(path)
 
-    agreed = parallel.agreement(Saves(), "", noprop.Options(checkpoint_minutes=1e-9), lambda: 0)
-    assert not any(agreed() for _ in range(2 * parallel.CONTROL_STEPS)) and len(saved) == 2
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: 60 * clock[0]))
+    agreed = parallel.agreement(Saves(), "", noprop.Options(), lambda: (signals or [0])[0])
+    for clock[0], count in ((9.9, 0), (10.1, 1), (10.2, 1), (20.0, 1), (20.2, 2)):
+        assert not any(agreed() for _ in range(parallel.CONTROL_STEPS)) and len(saved) == count
+    signals.append(15)
+    assert [agreed() for _ in range(parallel.CONTROL_STEPS)][-1] == 15 and len(saved) == 2
 
 
 def test_processes_on_a_mac_take_the_cpu(monkeypatch):

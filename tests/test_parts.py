@@ -48,8 +48,10 @@ def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path, names)
         assert equal(merged["training"]["parts"][name], whole["training"]["parts"][name])
     last = [x["training"]["history"][-1] for x in (merged, whole)]
     losses = [[*x["block_losses"], x["classifier_loss"]] for x in last]
-    assert losses[0] == pytest.approx(losses[1])
+    assert losses[0] == pytest.approx(losses[1]) and last[0]["val_accuracy"] is None  # no chain was measured
     assert {x.name for x in tmp_path.iterdir()} == {x.name for x in (parts / "whole").iterdir()}
+    assert merge(*(parts / name for name in names), into=tmp_path) == 0  # which takes no network's place
+    assert same(contents(tmp_path / "noprop_hybrid.1.pt")["model"], merged["model"])
 
 
 def test_a_block_of_a_whole_network_is_exchanged(tmp_path):
@@ -102,7 +104,9 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"target": "noise"}, {"classify": "z"}, {"block": "deep"}])
+@pytest.mark.parametrize(
+    "change", [{"target": "noise"}, {"classify": "z"}, {"block": "deep"}, {"dataset": "kmnist"}]
+)
 def test_a_block_that_is_asked_otherwise_takes_no_place(change, tmp_path, capsys):
     whole = untrained(tmp_path / "whole", LabConfig(num_blocks=2, embedding="fixed"))
     part = LabConfig(num_blocks=2, embedding="fixed", select="last", blocks="1", **change)

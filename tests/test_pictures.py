@@ -174,6 +174,7 @@ def test_a_thin_pen_on_a_large_picture_leaves_a_ring(tmp_path, network):
     ImageDraw.Draw(picture).ellipse((200, 100, 600, 700), outline=0, width=2)
     picture.save(path := tmp_path / "zero.png")
     views = read_digits(path)
+    assert views.shape == (3, 1, 1, 28, 28)  # upright, and turned to either side
     assert views[0, 0, 0, 13:16, 13:16].max() == 0 and network.predict(views[0]).tolist() == [0]
 
 

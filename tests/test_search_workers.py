@@ -119,6 +119,20 @@ def test_the_scripts_search_leaves_a_living_workers_trial_alone(tmp_path):
     assert worker.study.trials[0].state.name == "COMPLETE"
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat of storage")
+def test_eight_trials_tell_which_setting_decides(tmp_path):
+    config, options, _ = lab.read_command_line("search", flags(tmp_path))
+    data = few_images(config, options.data_root, CPU)
+    worker = hpo.Worker(config, options, data, None, hpo.storage_of(options, 10, 60))
+    for number in range(8):
+        trial = worker.study.ask()
+        trial.set_user_attr("settings", worker.suggest(trial))
+        trial.set_user_attr("record", {"val_loss": 0.1, "val_accuracy": 99.0, "epoch": 1})
+        worker.study.tell(trial, 0.1 + (number - 3) ** 2)
+        worker.report()
+        assert (tmp_path / "hpo_importance.png").exists() == (number == 7)
+
+
 @pytest.mark.parametrize("objective", ["hybrid", "dt"])
 def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     """Of another objective too; the second time, all is there."""
