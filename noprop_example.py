@@ -373,7 +373,7 @@ class Config(Checked):
     batch_size: int = 512  # images a step; an incomplete last batch is left out
     lr: float = 0.014  # highest learning rate of AdamW
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"  # one-cycle: warms up for a fifth
-    eta_min: float = 1e-6  # learning rate at the end
+    eta_min: float = 1e-6  # learning rate at the end (not of a constant one)
     weight_decay: float = 1e-3  # of blocks and classifier
     embed_wd: float = 1e-7  # weight decay of the label embedding
     max_norm_embed: float = 50.0  # rows of the label embedding are clipped to this norm
@@ -383,7 +383,9 @@ class Config(Checked):
     train_images: int | None = None  # only the first N images of the training split, for quick tries
     precision: Literal["float32", "bfloat16"] = "float32"  # in training; bfloat16 needs hardware for it
     select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
-    patience: int = 15  # stop after this many epochs without a better validation accuracy
+    patience: int = (
+        15  # stop after so many epochs without a better validation accuracy (not if select is last)
+    )
     # Inference
     weights: Literal["equal", "ddpm"] = "equal"  # of the blocks' û in z_t in inference: reverse_steps()
     temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
@@ -491,8 +493,7 @@ def read_mnist(folder: Path, sums: dict[str, str] = MD5) -> tuple[Split, Split]:
     for name, md5 in sums.items():
         path = folder / name if os.path.isfile(folder / name) else folder / f"{name}.gz"
         try:
-            with (gzip.open if path.suffix else open)(path, "rb") as file:
-                content = bytearray(file.read())
+            content = bytearray((gzip.decompress if path.suffix else bytes)(path.read_bytes()))
         except (OSError, EOFError, zlib.error) as error:
             get = f", or in Python torchvision.datasets.MNIST('{folder.parent.parent}', download=True)"
             where = "see --data-root" + get * (sums is MD5)
@@ -548,7 +549,7 @@ def build(config: Config, device=CPU, content=None, block=None, kind: type[NoPro
     if content:
         try:
             model.eval().load_state_dict(content["model"])
-        except (KeyError, TypeError, RuntimeError) as error:  # of a block of the user's own, say
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of a user's own block, say
             raise Failure(f"{content['path']} does not hold the weights of its settings") from error
         model.by_average = content["config"] == config and content.get("by_average", False)
     nhwc = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
@@ -682,8 +683,7 @@ class State:
         training["parts"] = {name: self.part_state(name) for name in self.parts}
         content = {"format": FORMAT, "objective": self.config.objective, "config": self.config.saved()}
         content |= {"model": self.selected, "by_average": self.by_average, "training": training}
-        content |= {"data": digest, "made_with": made_with(self.device)}
-        torch.save(content, file := io.BytesIO())
+        torch.save(content | {"data": digest, "made_with": made_with(self.device)}, file := io.BytesIO())
         write_file(path, file.getvalue())
 
     def resume(self, content: dict[str, Any], digest: str) -> None:
@@ -697,8 +697,7 @@ class State:
             say(f"It won't be exact to the bit: {content['made_with']} is now {made_with(self.device)}.")
         for name in self.parts:
             self.load_part_state(name, content["training"]["parts"][name])
-        for name in self.POSITION:
-            setattr(self, name, content["training"][name])
+        vars(self).update((name, content["training"][name]) for name in self.POSITION)
         self.log = [row.to(self.device) for row in self.log]
         self.selected = content["model"] if self.history else self.selected
 
@@ -776,12 +775,11 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
 
 def check_finite(state: State) -> None:
     """Raise FloatingPointError, naming it, where the last step had a loss or gradient that is not finite."""
-    if state.log and not state.log[-1].isfinite().all():
+    if state.log and len(bad := (~state.log[-1].isfinite()).nonzero()):
         parts = [*(f"block {t + 1}" for t in range(state.config.num_blocks)), "classifier", "embedding"]
         names = [f"loss of {x}" for x in parts[:-1]] + [f"gradient norm of {x}" for x in parts]
-        pairs = zip(names, state.log[-1].tolist(), strict=True)
-        name, value = next(pair for pair in pairs if not math.isfinite(pair[1]))
-        raise FloatingPointError(f"{name} is {value} by step {state.step}: try a lower --lr")
+        value = state.log[-1][bad[0]].item()
+        raise FloatingPointError(f"{names[bad[0]]} is {value} by step {state.step}: try a lower --lr")
 
 
 def evaluate(model: NoProp, split: Split, config: Config, parallel: Callable = map) -> dict[str, Any]:
@@ -851,13 +849,12 @@ def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config
         return content | {"path": path, "written": written}
     except (KeyError, TypeError, Failure) as error:
         lab = f"the lab's: python -m noprop_lab evaluate {path}" if len(kinds) == 1 else "of another version"
-        raise Failure(f"{path} ({content['objective']}: {error}) is {lab}") from error
+        raise Failure(f"{path} ({content.get('objective')}: {error}) is {lab}") from error
 
 
 def load(path: str | Path, device: torch.device | str = CPU) -> NoProp:
     """The trained network of a checkpoint, ready for predict(images). Raises Failure."""
-    content = read_checkpoint(path)
-    return build(content["config"], torch.device(device), content)
+    return build((content := read_checkpoint(path))["config"], torch.device(device), content)
 
 
 # --- Pictures ----------------------------------------------------------------------------------------------
@@ -1068,12 +1065,10 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
                 bar.clear()
             if record:
                 loss = np.mean([x for x in record["block_losses"] if x] or 0)  # 0: it is trained elsewhere
-                val, test = (record[f"{x}_accuracy"] or math.nan for x in ("val", "test"))
-                say(
-                    f"epoch {record['epoch']:>3}/{state.config.epochs}  loss of blocks {loss:.4f}, "
-                    f"classifier {record['classifier_loss']:.4f}  validation {val:.2f} %, test {test:.2f} %  "
-                    f"lr {state.lr:.6f}  {state.seconds:.0f} s"
-                )
+                val, test = np.array([record["val_accuracy"], record["test_accuracy"]], float)  # None: nan
+                line = "epoch {epoch:>3}/{}  loss of blocks {:.4f}, classifier {classifier_loss:.4f}  "
+                line += "validation {:.2f} %, test {:.2f} %  lr {lr:.6f}  {seconds:.0f} s"
+                say(line.format(state.config.epochs, loss, val, test, **record))
             if stop and not state.finished():
                 say(f"Stopped after step {state.step} of {steps}; --resume goes on.")
                 return 128 + stop
@@ -1123,8 +1118,7 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
     content: of a checkpoint, to go on from; signals: as caught_signals(), or what several processes agree on.
     """
     with locked(options.output_dir):
-        stale = content and os.path.getmtime(content["path"]) != content["written"]
-        if stale:  # it was read without the lock
+        if content and os.path.getmtime(content["path"]) != content["written"]:  # read without the lock
             raise Failure(f"{content['path']} was written by another run meanwhile: start again")
         with signals() as signalled:
             if content:
@@ -1193,7 +1187,7 @@ def print_trial(_study, trial) -> None:
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     """The Optuna study of these settings, whose first trial is to have them as given. Raises Failure.
 
-    Its name is a digest of what is fixed: in the same storage, a search with other settings is another study.
+    Its name is a digest of what is fixed and of suggest()'s text: other settings make another study.
     """
     import optuna
 
@@ -1202,11 +1196,14 @@ def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     if unknown := searched.keys() - given.keys():
         raise Failure(f"suggest() proposes what is no setting: {', '.join(unknown)}")
     spaces = probe.distributions
-    fixed = {k: x for k, x in given.items() if k not in searched} | spaces, judged_by
+    if config.eta_min > (least := getattr(spaces.get("lr"), "low", math.inf)):
+        raise Failure(f"eta_min must be at most {least}, the search's least lr, not {config.eta_min}")
+    fixed = {k: x for k, x in given.items() if k not in searched} | spaces, judged_by, source_of(suggest)
     name = hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]
     pruner = optuna.pruners.MedianPruner()  # learning curves keep their order: docs/search.md
     study = optuna.create_study(storage=storage, pruner=pruner, study_name=name, load_if_exists=True)
     first = {k: x for k, x in given.items() if k in spaces and x in getattr(spaces[k], "choices", [x])}
+    first = {k: x for k, x in first.items() if x or not getattr(spaces[k], "log", 0)}  # 0 has no logarithm
     study.enqueue_trial(first, skip_if_exists=True)
     return study
 
@@ -1238,8 +1235,14 @@ def search(config: Config, options: Options, device: torch.device) -> int:
             while len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])) < options.hpo_trials:
                 study.optimize(objective, n_trials=1, callbacks=[print_trial])  # the lab's may work beside it
             complete = study.get_trials(states=[TrialState.COMPLETE])
-        except (SQLAlchemyError, OptunaError) as error:
-            raise Failure(f"{path}: {Failure(error)}", 1) from error
+        except Exception as error:  # where Optuna can't even write that a trial failed, its own hides this
+            found = [x for x in (error, error.__context__) if isinstance(x, SQLAlchemyError | OptunaError)]
+            if not found:
+                raise
+            raise Failure(f"{path}: {Failure(found[0])}", 1) from error
+        if number := signalled():
+            say("Stopped. The same command goes on.")
+            return 128 + number
     if not complete:
         raise Failure("no trial of the search is complete: look at the search space in suggest()", 3)
     best = min(complete, key=lambda trial: trial.value)
@@ -1260,17 +1263,6 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 SETTING = r"^    (?:# (.+)|(\w+): (?!ClassVar).+? = .+?  # (.+))$"  # a heading, or a field with its comment
 source_of = cache(inspect.getsource)
-
-
-def named_settings(options: Options) -> dict[str, Any]:
-    """The settings that --preset and --config name; the latter's win. Raises Failure."""
-    try:
-        content = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
-        content = content.get("config", content)
-        start = getattr(Config, options.preset, Config)(**content)
-        return {k: x for k, x in vars(start).items() if k in content or x != getattr(Config, k)}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
 
 
 def argument(hint: Any, default: Any) -> dict[str, Any]:
@@ -1338,7 +1330,13 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     bare = not given.keys() & {"evaluate", "predict", "resume"}
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
     options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
-    given = named_settings(options) | given
+    try:
+        file = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
+        file = file.get("config", file)
+        start = getattr(Config, options.preset, Config)(**file)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
+    given = {k: x for k, x in vars(start).items() if k in file or x != getattr(Config, k)} | given
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content, free = read_checkpoint(path), {"epochs"} if options.resume else {"temperature", "weights"}
@@ -1346,7 +1344,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
-            raise Failure(f"{other.name} is the lab's: python -m noprop_lab train --resume goes on with it")
+            raise Failure(f"{other.name} is not the script's: python -m noprop_lab train --resume may be")
         say(f"Nothing to resume at {path}: starting from the beginning.")
     return Config(**given), options, None
 
@@ -1379,7 +1377,7 @@ def execute(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int] = execute) -> int:
     """The exit code: 0; 1: the machine lacks something; 2: bad input; 3: not finite; 128 + a signal."""
     for stream in (sys.stdout, sys.stderr) if arguments is None else ():  # a terminal may know few letters
-        stream.reconfigure(errors="backslashreplace")
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # a notebook's has none
     try:
         return execute(sys.argv[1:] if arguments is None else arguments)
     except (Failure, FloatingPointError, OSError) as error:
@@ -1390,8 +1388,7 @@ def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:  # the latter's text tells, on a CPU
-        lacks = re.search("not enough memory|out of memory|allocate memory", str(error))
-        if not (lacks or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+        if not re.search("MemoryError|not enough memory|out of memory|allocate memory", repr(error)):
             raise
         say("error: out of memory: try a smaller --batch-size", file=sys.stderr)
         return 1

@@ -192,7 +192,7 @@ def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -
     found = []
     for label, name in enumerate(classes):
         before = len(found)
-        for place, folders, files in sorted(walked(folder / name)):
+        for place, folders, files in sorted(walked(folder / name)) if name in subfolders(folder) else ():
             paths = [Path(place, x) for x in sorted(files)]
             good = dict.fromkeys(
                 x for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def url_of(options: LabOptions):
 def run_again(study, trial) -> None:
     """Put the trial of a dead worker back into the queue; who takes it says anew whose it is."""
     trial.user_attrs.pop("worker", None)
+    trial.system_attrs["fixed_params"] = trial.params  # so settings outside of the space may be tried again
+    trial.params, trial.distributions = {}, {}
     optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
 
 
@@ -70,6 +72,8 @@ def storage_of(options: LabOptions, heartbeat: int, grace: int):
     except (IntegrityError, ProgrammingError):  # a worker on another machine makes the tables too
         time.sleep(2)
         storage = make()
+    except RuntimeError as error:  # the tables are of another version of Optuna
+        raise Failure(f"{url.render_as_string()}: {Failure(error)}") from error
     if sqlite:  # Python's driver reads outside of transactions: two workers would take the same trial
         storage.engine.dispose()  # what is open already would stay as it is
         event.listen(storage.engine, "connect", lambda driver, _: setattr(driver, "isolation_level", None))
@@ -84,11 +88,19 @@ def database_failures(where: str, code: int) -> Iterator[None]:
         yield
     except (SQLAlchemyError, OptunaError, ImportError) as error:
         raise Failure(f"{where}: {Failure(error.__cause__ or error)}", code) from error
+    except (
+        AssertionError,
+        UnboundLocalError,
+    ) as error:  # of Optuna, where it can't write that a trial failed
+        if not isinstance(error.__context__, SQLAlchemyError | OptunaError):
+            raise
+        raise Failure(f"{where}: {Failure(error.__context__)}", code) from error
 
 
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     """The script's search space, without the settings that an objective does not know."""
 
+    @wraps(noprop.suggest)  # so that a study of the script's has the same name
     def suggest(trial) -> dict[str, Any]:
         found = noprop.suggest(trial)
         if read := found.keys() & READ:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -258,6 +259,10 @@ def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained)
     for name in ("other", "hostile", "hostile-zip", "text", "empty", "cut"):
         fails(capsys, 2, ["--evaluate", f"{name}.pt"], f"{name}.pt", "no checkpoint of this script")
     assert not (tmp_path / "pwned").exists()
+    torch.save({"format": noprop.FORMAT}, "bare.pt")
+    torch.save(torch.load(trained / "noprop_hybrid.pt") | {"model": {1: torch.zeros(1)}}, "numbers.pt")
+    fails(capsys, 2, ["--evaluate", "bare.pt"], "bare.pt (None: 'objective') is the lab's")
+    fails(capsys, 2, ["--evaluate", "numbers.pt"], "numbers.pt does not hold the weights of its settings")
     refused = 0
     for i in range(25):  # a flipped bit is refused, or changes nothing
         place = int.from_bytes(hashlib.sha256(bytes([i])).digest()[:4], "big") % len(content)
@@ -321,6 +326,27 @@ def test_memory_that_runs_out_is_a_line(error, capsys):
         raise error
 
     fails(capsys, 1, [], "out of memory", main=lambda arguments: noprop.main(arguments, execute))
+
+
+def test_a_console_that_is_no_file(monkeypatch):
+    """A notebook's: it has no reconfigure()."""
+    monkeypatch.setattr(sys, "argv", ["noprop_example.py", "--evaluate", "none.pt"])
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    assert noprop.main() == 2 and "none.pt" in sys.stderr.getvalue()
+
+
+def test_an_accuracy_of_zero_is_printed(tmp_path, small_data, monkeypatch, capsys):
+    state = noprop.State(noprop.Config(num_blocks=1))
+    record = dict(epoch=1, block_losses=[0.5], classifier_loss=0.25, val_accuracy=0.0, test_accuracy=None)
+    record |= dict(lr=0.01, seconds=7.0)
+    monkeypatch.setattr(noprop, "train", lambda *_, **__: iter([record]))
+    options = noprop.Options(output_dir=tmp_path)
+    assert noprop.train_and_save(state, small_data, options, None, lambda: 0) == 0
+    line = (
+        "epoch   1/12  loss of blocks 0.5000, classifier 0.2500  validation 0.00 %, test nan %  lr 0.010000"
+    )
+    assert capsys.readouterr().out.splitlines() == [f"{line}  7 s"]
 
 
 def test_ctrl_c_where_nothing_catches_it_has_its_code():

@@ -361,6 +361,18 @@ def test_names_of_split_folders(tmp_path, capsys, train, test):
     assert capsys.readouterr().out == "Pictures to train + test on: blue 20 + 7, red 20 + 7\n"
 
 
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_a_path_is_no_class(layout, tmp_path, capsys):
+    """Which would be of pictures anywhere: of those to train on for those to test on."""
+    for part in {layout, layout and "test"}:
+        blue_and_red(tmp_path / part, images=20)
+    flags = ["train", "--dataset=folder", f"--data-root={tmp_path}", f"--output-dir={tmp_path / 'out'}"]
+    for name in (tmp_path / layout / "blue", "../train/blue", "."):
+        refused(capsys, 2, [*flags, "--classes", str(name), "red"], "it has none of class")
+    (tmp_path / "some.json").write_text('{"dataset": "folder", "classes": ["red", 5]}')
+    refused(capsys, 2, [*flags, f"--config={tmp_path / 'some.json'}"], "it has none of class 5")
+
+
 def test_of_two_test_folders_one_is_taken_by_its_name(tmp_path):
     for name, images in (("train", 20), ("val", 7), ("test", 8)):
         blue_and_red(tmp_path / name, images=images)

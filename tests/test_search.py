@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -225,6 +226,29 @@ def test_bad_input(tmp_path, capsys, monkeypatch, more, word):
 def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
     (tmp_path / "noprop_hpo.db").write_text("this is a text" * 1000)
     fails(capsys, 1, flags(tmp_path), "noprop_hpo.db", "file is not a database")
+
+
+def test_a_signal_at_the_end_of_the_last_trial_is_heard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(noprop, "print_trial", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert search(tmp_path, hpo_trials=1) == 143
+    assert "Stopped. The same command goes on." in capsys.readouterr().out
+    assert not (tmp_path / "noprop_hybrid.pt").exists()
+
+
+def test_a_disk_that_takes_not_even_the_end_of_a_trial_is_one_line(tmp_path, monkeypatch, capsys):
+    """Optuna then ends in an error of its own, which hides that of the disk."""
+    storage = optuna.storages.RDBStorage
+    write = storage.set_trial_state_values
+
+    def full(*arguments, **more):
+        raise optuna.exceptions.StorageInternalError("database or disk is full")
+
+    def finish(self, trial_id, state, *arguments, **more):
+        return (full if state.is_finished() else write)(self, trial_id, state, *arguments, **more)
+
+    monkeypatch.setattr(storage, "set_trial_state_values", finish)
+    monkeypatch.setattr(storage, "set_trial_intermediate_value", full)
+    fails(capsys, 1, flags(tmp_path), "noprop_hpo.db: database or disk is full")
 
 
 def test_a_full_disk_in_mid_search_is_one_line(tmp_path):

@@ -119,6 +119,25 @@ def test_the_scripts_search_leaves_a_living_workers_trial_alone(tmp_path):
     assert worker.study.trials[0].state.name == "COMPLETE"
 
 
+@pytest.mark.filterwarnings("ignore:Fixed parameter", "ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_dead_workers_trial_outside_of_the_space_is_run_again():
+    """The first one has the settings as given."""
+    study = optuna.create_study()
+    study.enqueue_trial({"lr": 0.5})
+    study.ask().suggest_float("lr", 0.001, 0.1)
+    study.tell(0, state=optuna.trial.TrialState.FAIL)
+    hpo.run_again(study, study.trials[0])
+    assert study.ask().suggest_float("lr", 0.001, 0.1) == 0.5
+
+
+def test_a_database_of_another_version_of_optuna_is_a_line(tmp_path, capsys, monkeypatch):
+    def made(*_, **__):
+        raise RuntimeError("The runtime optuna version 5 is no longer compatible with the table schema")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", made)
+    refused(capsys, 2, ["search", *flags(tmp_path)], "noprop_hpo.db: The runtime optuna version")
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat of storage")
 def test_eight_trials_tell_which_setting_decides(tmp_path):
     config, options, _ = lab.read_command_line("search", flags(tmp_path))
