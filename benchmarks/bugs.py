@@ -595,6 +595,22 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/search.py", ">= 8", ">= 800"),
     (f"{LAB}/data.py", "followlinks=True", "followlinks=False"),
     (f"{LAB}/data.py", "x.suffix.lower()", "x.suffix"),
+    (SCRIPT, "[x for x in (error, error.__context__)", "[x for x in (error,)"),
+    (SCRIPT, 'if x or not getattr(spaces[k], "log", 0)', "if True"),
+    (SCRIPT, 'getattr(stream, "reconfigure", dict)(errors', "stream.reconfigure(errors"),
+    (SCRIPT, "if number := signalled():\n            say", "if number := 0:\n            say"),
+    (
+        SCRIPT,
+        'np.array([record["val_accuracy"], record["test_accuracy"]], float)',
+        '(record[x] or math.nan for x in ("val_accuracy", "test_accuracy"))',
+    ),
+    (f"{LAB}/search.py", "trial.params, trial.distributions = {}, {}", "pass"),
+    (
+        f"{LAB}/search.py",
+        "    @wraps(noprop.suggest)  # so that a study of the script's has the same name\n",
+        "",
+    ),
+    (f"{LAB}/data.py", " if name in subfolders(folder) else ()", ""),
 ]
 
 PARALLEL = [

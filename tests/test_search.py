@@ -229,7 +229,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
 
 
 def test_a_signal_at_the_end_of_the_last_trial_is_heard(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(noprop, "print_trial", lambda *_: signal.raise_signal(signal.SIGTERM))
+    signals = [signal.SIGTERM]
+    monkeypatch.setattr(noprop, "print_trial", lambda *_: signals and signal.raise_signal(signals.pop()))
     assert search(tmp_path, hpo_trials=1) == 143
     assert "Stopped. The same command goes on." in capsys.readouterr().out
     assert not (tmp_path / "noprop_hybrid.pt").exists()

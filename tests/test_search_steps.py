@@ -98,9 +98,15 @@ def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tm
 
     with pytest.warns(RuntimeWarning, match="Inconsistent"):  # of Optuna, as lr has two ranges
         assert noprop.open_study(noprop.Config(), url, wider).study_name != first.study_name
-    plain, turned = (lambda trial: noprop.suggest(trial) | {"augment": False}), noprop.suggest
-    assert noprop.open_study(noprop.Config(), url, plain).study_name != first.study_name
-    assert noprop.open_study(noprop.Config(), url, turned).study_name == first.study_name
+
+    def plain(trial) -> dict:
+        return noprop.suggest(trial) | {"augment": False}
+
+    def turned(trial) -> dict:
+        return noprop.suggest(trial) | {"augment": True}
+
+    names = {noprop.open_study(noprop.Config(), url, x).study_name for x in (noprop.suggest, plain, turned)}
+    assert len(names) == 3  # a constant is a setting too
     without = noprop.open_study(noprop.Config(embed_wd=0.0, num_blocks=2), url, noprop.suggest)
     assert len(without.trials[0].system_attrs["fixed_params"]) == 4  # a logarithmic range has no 0
     with pytest.raises(noprop.Failure, match="eta_min must be at most 0.001"):
