@@ -5,7 +5,7 @@
     python benchmarks/separate.py --report                        the tables, from benchmarks/results/
 
 benchmarks/control.py changes both at once. Here ten blocks are trained side by side on the same batches, at
-NoProp's settings and learning rate, with the other noise, the other loss, or both; after it has run, as its
+NoProp's settings and learning rate, with or without noise, by either loss, W fixed; after it has run, as its
 rows for NoProp and the CNNs stand beside these. Networks are kept in runs/separate/ below the current folder,
 answers in benchmarks/results/separate-DATASET-REPLICATE.npz. --device cuda takes a GPU, with CUDA graphs.
 """
@@ -44,7 +44,7 @@ from noprop_lab.dt import LabHybrid
 from noprop_lab.settings import LabConfig
 
 ARMS = {"MSE, no noise": ("mse", False), "cross-entropy, noise": ("ce", True)}
-ARMS |= {"cross-entropy, no noise": ("ce", False)}
+ARMS |= {"cross-entropy, no noise": ("ce", False), "MSE, noise": ("mse", True)}
 CHAIN_AVERAGE = "NoProp: mean of blocks along the chain"
 
 
@@ -114,25 +114,26 @@ def log_probabilities(model, split: noprop.Split, chained: bool) -> Tensor:
 
 def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> None:
     """Train what is missing, answer the test images, once, and keep the answers."""
-    path, rows = RESULTS / f"separate-{dataset}-{replicate}.npz", {}
-    if path.exists():
-        return
+    path = RESULTS / f"separate-{dataset}-{replicate}.npz"
+    kept = dict(np.load(path)) if path.exists() else {}
     for name, (loss, noise) in ARMS.items():
+        if f"NoProp's blocks, {name}: block 1" in kept:
+            continue
         model = trained(dataset, replicate, loss, noise, data, threads)
         log_p = log_probabilities(model, data.test, chained=noise)
-        rows[f"NoProp's blocks, {name}: block 1"] = log_p[:, 0]
-        rows[f"NoProp's blocks, {name}: mean of ten blocks"] = averaged(log_p)
-        if noise:
-            rows[f"NoProp's blocks, {name}: chain of ten"] = log_p[:, -1]
-    kept = {name: packed(log_p, data.test.labels)[None] for name, log_p in rows.items()}
-    np.savez_compressed(path, **kept)
+        rows = {"block 1": log_p[:, 0], "mean of ten blocks": averaged(log_p)}
+        rows |= {"chain of ten": log_p[:, -1]} if noise else {}
+        of_arm = {x: packed(found, data.test.labels)[None] for x, found in rows.items()}
+        kept |= {f"NoProp's blocks, {name}: {x}": found for x, found in of_arm.items()}
+        np.savez_compressed(path, **kept)
 
 
 def table(rows: dict[str, np.ndarray]) -> str:
     """The Markdown tables of a data set; rows: (R, n, 2, N) each."""
     arms = {name: f"NoProp's blocks, {name}: mean of ten blocks" for name in ARMS} | {"NoProp": CHAIN_AVERAGE}
-    mse, noisy, plain = ARMS
-    compared = (plain, noisy), (mse, "NoProp"), (plain, mse), (noisy, "NoProp")
+    mse, noisy, plain, both = ARMS
+    compared = (plain, noisy), (mse, both), (plain, mse), (noisy, both), (both, "NoProp")
+    compared = [pair for pair in compared if {arms[x] for x in pair} <= rows.keys()]
     pairs = {f"{more} − {less}": (arms[more], arms[less]) for more, less in compared}
     return short_table(rows, "of the mean of ten blocks", pairs)
 
