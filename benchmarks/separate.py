@@ -145,7 +145,8 @@ def report() -> int:
         paths = sorted(RESULTS.glob(f"separate-{dataset}-[0-9].npz"))
         files = [(np.load(x), np.load(RESULTS / x.name.replace("separate", "control"))) for x in paths]
         if files:
-            names = [(0, name) for name in files[0][0].files]
+            shared = set.intersection(*(set(own.files) for own, _ in files))
+            names = [(0, name) for name in files[0][0].files if name in shared]
             names += [(1, name) for name in (CHAIN, CHAIN_AVERAGE, BLOCK, ONE, TEN)]
             rows = {name: np.stack([pair[i][name] for pair in files]) for i, name in names}
             parts += [f"**{title}**, replicates: {len(files)}", table(rows)]
