@@ -383,9 +383,7 @@ class Config(Checked):
     train_images: int | None = None  # only the first N images of the training split, for quick tries
     precision: Literal["float32", "bfloat16"] = "float32"  # in training; bfloat16 needs hardware for it
     select: Literal["validation", "last"] = "validation"  # which epoch's averaged weights are kept
-    patience: int = (
-        15  # stop after so many epochs without a better validation accuracy (not if select is last)
-    )
+    patience: int = 15  # stop after so many epochs without better validation accuracy (select last: never)
     # Inference
     weights: Literal["equal", "ddpm"] = "equal"  # of the blocks' û in z_t in inference: reverse_steps()
     temperature: float = 0.0  # τ of inference: 0 follows the mean of each step, 1 samples
