@@ -8,7 +8,7 @@ Training (train_block), for every mini-batch (x, y) and every block t = 1 ... T,
     step on  η₁ MSE(ε̂_t, ε) + η₂ MSE(û_t, u_y)           block T adds CE(classifier(û_T), y)
 Inference (NoProp.forward): z_0 = τ ξ, ξ ~ N(0, I), by default τ = 0; then for t = 1 ... T
     z_t = a û_t + b z_{t-1} + τ √c ξ                     a DDPM-like reverse step; a, b, c: reverse_steps()
-Answer: argmax classifier(û_T), or of the blocks' mean, see finish(). From noise, ᾱ_0 = .001, to label, .999.
+Answer: argmax classifier(û_T), or of the blocks' mean: finish(). Time runs from noise, ᾱ_0 = .001, to label.
 
     symbol   name              shape        meaning
     T        num_blocks                     blocks, each at one noise level
@@ -462,7 +462,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Images to train on (MNIST: 55,000), to choose the epoch by (5,000), and to test with alone (10,000)."""
+    """Images to train on (MNIST: 55,000), to choose the epoch by (5,000), and only to test on (10,000)."""
 
     train: Split
     val: Split
@@ -1183,7 +1183,7 @@ def print_trial(_study, trial) -> None:
 
 
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
-    """The Optuna study of these settings, whose first trial is to have them as given. Raises Failure.
+    """The Optuna study of these settings; its first trial has them as given, but for 0 on a logarithmic scale.
 
     Its name is a digest of what is fixed and of suggest()'s text: other settings make another study.
     """
@@ -1228,7 +1228,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
             running = study.get_trials(states=[TrialState.RUNNING])  # stopped or killed, but for the lab's
             for trial in (x for x in running if "worker" not in x.user_attrs):
                 study.tell(trial.number, state=TrialState.FAIL)
-                study.enqueue_trial(trial.params)
+                study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
             objective = partial(short_training, short, records, signalled, suggest)
             while len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])) < options.hpo_trials:
                 study.optimize(objective, n_trials=1, callbacks=[print_trial])  # the lab's may work beside it
@@ -1237,7 +1237,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
             found = [x for x in (error, error.__context__) if isinstance(x, SQLAlchemyError | OptunaError)]
             if not found:
                 raise
-            raise Failure(f"{path}: {Failure(found[0])}", 1) from error
+            raise Failure(f"{path}: {Failure(found[0].__cause__ or found[0])}", 1) from error
         if number := signalled():
             say("Stopped. The same command goes on.")
             return 128 + number
@@ -1342,7 +1342,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
-            raise Failure(f"{other.name} is not the script's: python -m noprop_lab train --resume may be")
+            raise Failure(f"{other.name} is not the script's: try python -m noprop_lab train --resume")
         say(f"Nothing to resume at {path}: starting from the beginning.")
     return Config(**given), options, None
 

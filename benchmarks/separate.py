@@ -132,7 +132,7 @@ def table(rows: dict[str, np.ndarray]) -> str:
     """The Markdown tables of a data set; rows: (R, n, 2, N) each."""
     arms = {name: f"NoProp's blocks, {name}: mean of ten blocks" for name in ARMS} | {"NoProp": CHAIN_AVERAGE}
     mse, noisy, plain, both = ARMS
-    compared = (plain, noisy), (mse, both), (plain, mse), (noisy, both), (both, "NoProp")
+    compared = (plain, noisy), (mse, both), (plain, mse), (noisy, both), (both, "NoProp"), (noisy, "NoProp")
     compared = [pair for pair in compared if {arms[x] for x in pair} <= rows.keys()]
     pairs = {f"{more} − {less}": (arms[more], arms[less]) for more, less in compared}
     return short_table(rows, "of the mean of ten blocks", pairs)

@@ -50,7 +50,9 @@ def url_of(options: LabOptions):
 def run_again(study, trial) -> None:
     """Put the trial of a dead worker back into the queue; who takes it says anew whose it is."""
     trial.user_attrs.pop("worker", None)
-    trial.system_attrs["fixed_params"] = trial.params  # so settings outside of the space may be tried again
+    trial.system_attrs["fixed_params"] = (
+        trial.system_attrs.get("fixed_params", {}) | trial.params
+    )  # so settings outside of the space may be tried again
     trial.params, trial.distributions = {}, {}
     optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
 
@@ -92,9 +94,9 @@ def database_failures(where: str, code: int) -> Iterator[None]:
         AssertionError,
         UnboundLocalError,
     ) as error:  # of Optuna, where it can't write that a trial failed
-        if not isinstance(error.__context__, SQLAlchemyError | OptunaError):
+        if not isinstance(hidden := error.__context__, SQLAlchemyError | OptunaError):
             raise
-        raise Failure(f"{where}: {Failure(error.__context__)}", code) from error
+        raise Failure(f"{where}: {Failure(hidden.__cause__ or hidden)}", code) from error
 
 
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
@@ -183,6 +185,8 @@ class Worker:
 
     def records(self, config: LabConfig) -> Iterator[dict[str, Any] | None]:
         """What a trial's training yields."""
+        if config.batch_size > (n := len(self.data.train.labels)):
+            raise Failure(f"suggest() proposes batch_size {config.batch_size}, more than the {n} images")
         state, data = self.new_state(config), with_augmentation(self.data, config)
         return noprop.train(state, data, self.step, self.options.threads, steps_too=True)
 
