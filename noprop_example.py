@@ -1183,7 +1183,7 @@ def print_trial(_study, trial) -> None:
 
 
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
-    """The Optuna study of these settings; its first trial has them as given, but for 0 on a logarithmic scale.
+    """The Optuna study of these settings, whose first trial has them as given (0 where a scale takes it).
 
     Its name is a digest of what is fixed and of suggest()'s text: other settings make another study.
     """

@@ -606,6 +606,8 @@ def main() -> int:
         parser.error("fashion takes --fashion-mnist DIR, the folder with its files")
     if (arguments.times or arguments.rows) and arguments.table != "headline":
         parser.error("--times and --rows are of the table headline: leave them out")
+    if arguments.times and arguments.rows:
+        parser.error("--times measures all rows: leave --rows out")
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed

@@ -41,7 +41,9 @@ class CTConfig(FlowConfig):
     def faults(self):
         yield from super().faults()
         low, high = self.alpha_bar_start, self.alpha_bar_end
-        apart = 1e-6 <= low < high <= 1 - 1e-6 and log_odds(high) - log_odds(low) > 1  # float32: √ᾱ, 1-ᾱ
+        apart = (
+            1e-6 <= low < high <= 1 - 1e-6 and log_odds(high) - log_odds(low) > 1
+        )  # float32 loses 1-ᾱ near 1
         ends = "alpha_bar_start must be well below alpha_bar_end, both between 0.000001 and 0.999999"
         yield not apart, f"{ends}, not {low} and {high}"
         yield self.eta_loss_weight == 0, "the weight of the network's loss is 0: it would learn nothing"

@@ -40,7 +40,7 @@ class DTConfig(LabConfig):
     objective: ClassVar[str] = "dt"
     # Objective
     target: Literal["label", "noise", "classes"] = "classes"  # a block computes û, ε̂, or softmax(f) W
-    classify: Literal["u_hat", "z"] = "z"  # what the classifier reads: û_T (each: û of each block), or z_T
+    classify: Literal["u_hat", "z"] = "z"  # what the classifier reads: û_T (updates each: every û_t), or z_T
     eta_loss_weight: float = 0.1  # η
     weights: Literal["equal", "ddpm"] = "ddpm"  # with which the blocks' û enter z_t in inference
     temperature: float = 1.0  # τ of inference: 0 follows the mean of each step, 1 samples
@@ -53,7 +53,8 @@ class DTConfig(LabConfig):
         yield from super().faults()
         yield self.eta_loss_weight == 0, "the weight of the blocks' loss is 0: they would learn nothing"
         idle = self.weights == "equal" and not cosine_schedule(self.num_blocks).diff().all()
-        yield (idle, f"of {self.num_blocks} blocks some see no rise of SNR, and learn nothing: take ddpm")
+        fault = f"of {self.num_blocks} blocks some see no rise of SNR, and learn nothing: take ddpm"
+        yield idle, f"weights equal: {fault}"
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> DTConfig:

@@ -377,7 +377,8 @@ def test_by_itself_the_device_is_the_accelerator(monkeypatch):
 
 
 def test_deterministic_is_asked_of_torch(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         noprop.pick_device(noprop.Options(device="cpu", deterministic=True))
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]

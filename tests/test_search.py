@@ -242,14 +242,14 @@ def test_a_disk_that_takes_not_even_the_end_of_a_trial_is_one_line(tmp_path, mon
     write = storage.set_trial_state_values
 
     def full(*arguments, **more):
-        raise optuna.exceptions.StorageInternalError("database or disk is full")
+        raise optuna.exceptions.StorageInternalError("in the commit") from OSError(28, "disk is full")
 
     def finish(self, trial_id, state, *arguments, **more):
         return (full if state.is_finished() else write)(self, trial_id, state, *arguments, **more)
 
     monkeypatch.setattr(storage, "set_trial_state_values", finish)
     monkeypatch.setattr(storage, "set_trial_intermediate_value", full)
-    fails(capsys, 1, flags(tmp_path), "noprop_hpo.db: database or disk is full")
+    fails(capsys, 1, flags(tmp_path), "noprop_hpo.db: disk is full")
 
 
 def test_a_full_disk_in_mid_search_is_one_line(tmp_path):

@@ -119,6 +119,27 @@ def test_the_scripts_search_leaves_a_living_workers_trial_alone(tmp_path):
     assert worker.study.trials[0].state.name == "COMPLETE"
 
 
+def test_a_searched_augmentation_is_that_of_the_images(tmp_path, monkeypatch):
+    """Of a trial, and of the run that follows."""
+    monkeypatch.setattr(
+        noprop, "suggest", lambda trial: {"lr": trial.suggest_categorical("lr", [0.02]), "augment": False}
+    )
+    monkeypatch.setattr("noprop_lab.data.augment", lambda *_: pytest.fail("the images are augmented"))
+    assert lab.main(["search", *flags(tmp_path, hpo_trials=1)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train_images": 100}, "can't propose train_images"),
+        ({"batch_size": 99999}, "proposes batch_size 99999"),
+    ],
+)
+def test_what_a_search_can_not_propose(settings, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(noprop, "suggest", lambda trial: settings)
+    refused(capsys, 2, flags(tmp_path), words, main=quick_search)
+
+
 @pytest.mark.filterwarnings("ignore:Fixed parameter", "ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_dead_workers_trial_outside_of_the_space_is_run_again():
     """The first one has the settings as given."""
