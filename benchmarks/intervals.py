@@ -52,8 +52,8 @@ def resampled(rows: dict[str, np.ndarray], which: int, draws=200_000, stream=1) 
     Of R replicates the mean moves by the standard error of R times a number from the t distribution with
     R - 1 degrees of freedom: by the same combination of replicates in all rows but those of CNNs, whose
     seeds are others, and the same in all of these; so differences are paired where seeds are. Of one
-    replicate, the draws are over images only. stream: of what moves; another makes it independent. (Many draws,
-    because the tails are long where replicates are few.)
+    replicate, the draws are over images only. stream: of what moves; another makes it independent.
+    (Many draws, because the tails are long where replicates are few.)
     """
     R, _, _, N = next(iter(rows.values())).shape
     rng, images, found = np.random.default_rng(stream), images_drawn(N), {}
