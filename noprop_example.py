@@ -183,7 +183,7 @@ class DenoisingBlockPaper(nn.Module):
         self.head.append(nn.Linear(head_widths[-1], num_classes if target == "classes" else embed_dim))
 
     def forward(self, image: Tensor, z: Tensor, level: float, W: Tensor | None = None) -> Tensor:
-        """ε̂, (B, D), from images (B, channels, height, width) and noisy labels z (B, D) at the level ᾱ_{t-1}.
+        """ε̂, (B, D), of images (B, channels, height, width) and noisy labels z (B, D) at the level ᾱ_{t-1}.
 
         W, (classes, D), is the label embedding, which only the target "classes" needs.
         """

@@ -472,9 +472,14 @@ def cheaper(_seeds: range) -> Rows:
 # --- Report ------------------------------------------------------------------------------------------------
 
 
+def results_file(name: str) -> Path:
+    """Where the values of a table are kept."""
+    return RESULTS / f"evidence-{name}.json"
+
+
 def kept(name: str) -> dict:
-    """The results file of a table: its command, PyTorch's version, and its rows; empty if there is none."""
-    path = RESULTS / f"evidence-{name}.json"
+    """What a table's results file holds: its command, PyTorch's version, its rows; empty if there is none."""
+    path = results_file(name)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -611,7 +616,6 @@ def main() -> int:
     if arguments.seeds < 2:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed
-    path = RESULTS / f"evidence-{name}.json"
     found = kept(name)
     if arguments.times:
         timed(found["rows"])
@@ -624,7 +628,7 @@ def main() -> int:
             command = found.get("command", name).split()
         found = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
     print(markdown(rows := found["rows"]))
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results_file(name).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(name, found)
     return noprop.picture(draw, DOCS / "img" / f"evidence_{name}.png", rows, TABLES[name].__doc__)
 

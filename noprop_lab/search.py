@@ -50,9 +50,8 @@ def url_of(options: LabOptions):
 def run_again(study, trial) -> None:
     """Put the trial of a dead worker back into the queue; who takes it says anew whose it is."""
     trial.user_attrs.pop("worker", None)
-    trial.system_attrs["fixed_params"] = (
-        trial.system_attrs.get("fixed_params", {}) | trial.params
-    )  # so settings outside of the space may be tried again
+    # as fixed, not as found: so settings outside of the space, the first ones as given, are tried again too
+    trial.system_attrs["fixed_params"] = trial.system_attrs.get("fixed_params", {}) | trial.params
     trial.params, trial.distributions = {}, {}
     optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
 
@@ -90,10 +89,8 @@ def database_failures(where: str, code: int) -> Iterator[None]:
         yield
     except (SQLAlchemyError, OptunaError, ImportError) as error:
         raise Failure(f"{where}: {Failure(error.__cause__ or error)}", code) from error
-    except (
-        AssertionError,
-        UnboundLocalError,
-    ) as error:  # of Optuna, where it can't write that a trial failed
+    except (AssertionError, UnboundLocalError) as error:
+        # of Optuna, where it can't even write that a trial failed: they hide what the database said
         if not isinstance(hidden := error.__context__, SQLAlchemyError | OptunaError):
             raise
         raise Failure(f"{where}: {Failure(hidden.__cause__ or hidden)}", code) from error
