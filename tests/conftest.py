@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -15,13 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import noprop_example as noprop  # noqa: E402
 
-CPU, load_all = torch.device("cpu"), noprop.load_data  # as it is, whatever a test puts in its place
+CPU = torch.device("cpu")
+load_all, savefig = noprop.load_data, Figure.savefig  # as they are, whatever a test puts in their place
 TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 
@@ -38,7 +42,7 @@ SLOW = (
     "test_demo",
 )
 FORKS = multiprocessing.get_context("forkserver")  # imports these once, before the first process
-FORKS.set_forkserver_preload(["noprop_lab.__main__", "torch._dynamo", "torchvision", "matplotlib.figure"])
+FORKS.set_forkserver_preload(["noprop_lab.__main__", "torch._dynamo", "torchvision", "forked"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,28 +63,34 @@ def interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def sketches(request, monkeypatch) -> None:
-    """Figures are made, but saved only where a test draws: matplotlib takes most of a short run's time."""
-    if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr(
-            "matplotlib.figure.Figure.savefig", lambda figure, file, **how: file.write(b"figure")
-        )
+def spare(patch: pytest.MonkeyPatch) -> None:
+    """What takes most of a short run's time: MNIST is read once, and figures are made, but not laid out.
 
-
-@pytest.fixture(autouse=True, scope="session")
-def read_once() -> Iterator[None]:
-    """The repository's MNIST is unpacked and checked once for all tests, other folders whenever one asks."""
+    The repository's MNIST, that is; other folders are read whenever one asks.
+    """
     read, ours = noprop.read_mnist, noprop.Options.data_root / "MNIST" / "raw"
     kept = read(ours)
 
     def again(folder: Path, sums: dict[str, str] = noprop.MD5) -> tuple[noprop.Split, noprop.Split]:
         return kept if (folder, sums) == (ours, noprop.MD5) else read(folder, sums)
 
+    patch.setattr(noprop, "read_mnist", again)
+    patch.setattr("noprop_lab.data.read_mnist", again)
+    patch.setattr(Figure, "savefig", lambda figure, file, **how: file.write(b"figure"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def spared() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noprop, "read_mnist", again)
-        patch.setattr("noprop_lab.data.read_mnist", again)
+        spare(patch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch) -> None:
+    """Figures are saved where a test is marked so."""
+    if request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +124,9 @@ def trained(tmp_path_factory) -> Path:
         folder = shared / "trained"
         if not (folder / "done").exists():
             flags = ["--epochs=2", "--num-blocks=3", "--train-images=20000"]
-            assert noprop.main([*flags, "--output-dir", str(folder)]) == 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Figure, "savefig", savefig)
+                assert noprop.main([*flags, "--output-dir", str(folder)]) == 0
             (folder / "done").touch()
     return folder
 
@@ -138,9 +150,18 @@ def start(output: Path, arguments: list[str], main: Callable = noprop.main) -> m
     """A command in a process of its own, that prints into a file; without Python's start and its imports."""
     process = FORKS.Process(target=enter, args=(main, arguments, output), daemon=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # for what is imported before; other processes go without
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # for forked.py alone
         process.start()
     return process
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """A limit on the bytes of a file stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_until(holds: Callable[[], bool], process: multiprocessing.Process | subprocess.Popen) -> None:

@@ -4,14 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, TINY, fails, noprop, start, wait_until
+from conftest import TINY, fails, noprop, small_disk, start, wait_until
 from laboratory import contents, equal
 
 
@@ -108,7 +106,7 @@ def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_da
 
 
 def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path):
-    """By SIGKILL, by SIGTERM, by SIGINT, one after another; the last process shows what became of these."""
+    """By SIGKILL, SIGTERM, SIGINT, one after another; each process shows what became of those before it."""
 
     def running(count: int) -> bool:
         try:
@@ -116,7 +114,7 @@ def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path)
         except Exception:  # there is no database yet
             return False
 
-    for count, number in enumerate((9, 15, 2, 9), start=1):
+    for count, number in enumerate((9, 15, 2), start=1):
         process = start(output := tmp_path / f"output {count}", flags(tmp_path, hpo_epochs=500))
         wait_until(partial(running, count), process)
         os.kill(process.pid, number)
@@ -125,7 +123,7 @@ def test_the_trial_of_a_process_that_is_killed_or_stopped_is_run_again(tmp_path)
         assert ("Stopped. The same command goes on." in output.read_text()) == (number != 9)
         assert [x.state.name for x in trials(tmp_path)] == ["FAIL"] * (count - 1) + ["RUNNING"]
     first, *again = trials(tmp_path)
-    assert [x.system_attrs["fixed_params"] for x in again] == [first.params] * 3
+    assert [x.system_attrs["fixed_params"] for x in again] == [first.params] * 2
 
 
 def test_a_bad_trial_is_stopped_early_and_one_that_diverges_does_not_end_the_search(tmp_path, monkeypatch):
@@ -252,15 +250,10 @@ def test_a_disk_that_takes_not_even_the_end_of_a_trial_is_one_line(tmp_path, mon
     fails(capsys, 1, flags(tmp_path), "noprop_hpo.db: disk is full")
 
 
-def test_a_full_disk_in_mid_search_is_one_line(tmp_path):
-    """A limit on the size of files stands for the full disk."""
+def test_a_full_disk_in_mid_search_is_one_line(tmp_path, capsys):
     assert search(tmp_path, hpo_trials=1) == 0
     before = outcome(trials(tmp_path))
-    blocks = (tmp_path / "noprop_hpo.db").stat().st_size // 1024 + 8
-    arguments = " ".join(flags(tmp_path, hpo_trials=200))
-    command = f"ulimit -f {blocks}; exec {sys.executable} {ROOT / 'noprop_example.py'} {arguments}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1, result.stderr
-    assert "noprop_hpo.db: " in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    with small_disk((tmp_path / "noprop_hpo.db").stat().st_size + 8192):
+        fails(capsys, 1, flags(tmp_path, hpo_trials=200), "noprop_hpo.db: ")
     found = [x for x in trials(tmp_path) if x.state.name in ("COMPLETE", "PRUNED")]
     assert outcome(found)[:1] == before and search(tmp_path, hpo_trials=len(found) + 1) == 0
