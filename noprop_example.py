@@ -1347,10 +1347,9 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     return Config(**given), options, None
 
 
-def print_accuracy(model: NoProp, test: Split, threads: int) -> int:
+def print_accuracy(model: NoProp, test: Split, parallel: Callable) -> int:
     """Print the test accuracy of the network's answers, see NoProp.by_average; returns the exit code."""
-    with workers(test.images.device, threads) as parallel:
-        found = evaluate(model, test, model.config, parallel)
+    found = evaluate(model, test, model.config, parallel)
     last, average = found["accuracy"][-1], model.by_average
     accuracy = found["accuracy_average"] if average else last
     more = f" by the blocks' average, {last:.2f} % by the last block" if average else ""
@@ -1367,9 +1366,10 @@ def execute(arguments: list[str]) -> int:
     if not (options.predict or options.evaluate):
         return run(State(config, device), load_data(config, options.data_root, device), options, content)
     model = build(config, device, content)
-    if options.predict:
-        return print_classes(lambda x: model.probabilities(x)[:, -1], options.predict[1:])
-    return print_accuracy(model, load_data(config, options.data_root, device).test, options.threads)
+    with workers(device, options.threads) as parallel:
+        if options.predict:
+            return print_classes(lambda x: model.probabilities(x)[:, -1], options.predict[1:])
+        return print_accuracy(model, load_data(config, options.data_root, device).test, parallel)
 
 
 def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int] = execute) -> int:

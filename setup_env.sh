@@ -7,7 +7,7 @@ set -u
 unset PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
 export PIP_USER=0
 
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 1
 env="$here/noprop_env"
 stamp="$env/requirements.stamp"
 
@@ -44,7 +44,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
     fi
     echo "Installing the requirements (about 6 GB with CUDA builds of torch; minutes) ..." >&2
     was=$(cat "$stamp" 2>/dev/null || true)
-    rm -f "$stamp"
+    # whoever stops an update may go on; what is stopped while it is new is begun anew
+    if [ -n "$was" ]; then printf '%s\n' "$env" >"$stamp"; else rm -f "$stamp"; fi
     env -u PYTHONPATH \
         "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 || {
         if [ -n "$was" ]; then

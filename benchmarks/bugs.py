@@ -610,7 +610,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
         "    @wraps(noprop.suggest)  # so that a study of the script's has the same name\n",
         "",
     ),
-    (f"{LAB}/data.py", " if name in subfolders(folder) else ()", ""),
+    (f"{LAB}/data.py", " if name in there else ()", ""),
 ]
 
 PARALLEL = [

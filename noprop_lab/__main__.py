@@ -63,7 +63,8 @@ def read_command_line(
         named = LabOptions(**{x: given[x] for x in ("objective", "preset") if x in given}).named_objective
         read(["--help"], CONFIGS[named or "hybrid"], LabOptions)
     arguments = translated(command, arguments)
-    options = LabOptions(**read(arguments, LabOptions, rest=[]))
+    named = read(arguments, LabOptions, rest=[])
+    options = LabOptions(**named)
     path = checkpoint_of(options)
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content = read_checkpoint(path)
@@ -71,7 +72,9 @@ def read_command_line(
         return over_checkpoint(options, content, path, given, arguments), options, content
     if options.resume:
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    given = settings_in(arguments, CONFIGS[options.named_objective or "hybrid"], read)
+    given = settings_in(arguments, kind := CONFIGS[options.named_objective or "hybrid"], read)
+    if "threads" in named and issubclass(kind, WholeConfig):  # a flag, which wins over a file
+        given = {"step_threads": options.threads} | given
     config = replace(start_of(options, block=given.get("block")), **given)
     if config.mirror and not config.augment:
         raise Failure("mirror is part of the augmentation: leave out no_augment")
@@ -217,12 +220,14 @@ def end_of(config: LabConfig) -> Callable:
     return parts.end_of_part if config.blocks else noprop.finish
 
 
-def evaluate(model: NoProp, config: LabConfig, options: LabOptions, device: torch.device) -> int:
+def evaluate(
+    model: NoProp, config: LabConfig, options: LabOptions, device: torch.device, pool: Callable
+) -> int:
     """Print the test accuracy of a trained network, with the temperature and weights of the config."""
     few = replace(config, batch_size=2, train_images=None)  # images to train on may be fewer than a batch
     test = load_data(few, options.data_root, device).test
     if options.early_exit == 1:
-        return noprop.print_accuracy(model, test, options.threads)
+        return noprop.print_accuracy(model, test, pool)
     probability, blocks = early_exit(model, test.images, options.early_exit)
     accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
     say(f"Early exit: {blocks.float().mean():.2f} of {len(model.blocks)} blocks an image.")
@@ -337,11 +342,10 @@ def execute(arguments: list[str]) -> int:
         if options.early_exit < 1 and config.temperature:
             raise Failure("--early-exit does not sample: it takes --temperature 0")
         model = network_of(content, checkpoint_of(options), device, config)
-        return (
-            evaluate(model, config, options, device)
-            if command == "evaluate"
-            else predict(model, config, options)
-        )
+        with noprop.workers(device, options.threads) as pool:
+            if command == "predict":
+                return predict(model, config, options)
+            return evaluate(model, config, options, device, pool)
 
 
 @contextmanager

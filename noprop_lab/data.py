@@ -118,8 +118,7 @@ def download(name: str, root: Path, otherwise: str) -> list:
         with FileLock(Path(tempfile.gettempdir()) / f"noprop_{name}_{user()}.lock"):  # others wait
             return [getattr(datasets, name)(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        bad = f"{root} has no good {name}, which can't be downloaded ({reason})"
+        bad = f"{root} has no good {name}, which can't be downloaded ({Failure(error)})"
         raise Failure(f"{bad}: {otherwise}") from error
 
 
@@ -165,7 +164,7 @@ def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the classes of a folder of pictures: its subfolders, or those of its subfolder train."""
     with reading(root):
         names = tuple(subfolders(layout(root)[0]))
-    if len(names) < 2:
+    if len(names) < 2 or {x.lower() for x in names} <= {*TRAIN, *TEST}:  # splits, of one class
         raise Failure(f"--data-root {root} must hold a folder of pictures for each class, two at least")
     return names
 
@@ -189,10 +188,10 @@ def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -
     """Picture files and their labels, in order; what else there is is added to skipped. Raises Failure."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    found = []
+    found, there = [], subfolders(folder)
     for label, name in enumerate(classes):
         before = len(found)
-        for place, folders, files in sorted(walked(folder / name)) if name in subfolders(folder) else ():
+        for place, folders, files in sorted(walked(folder / name)) if name in there else ():
             paths = [Path(place, x) for x in sorted(files)]
             good = dict.fromkeys(
                 x for x in paths if x.suffix.lower() in IMG_EXTENSIONS and not hidden(x.name)
@@ -211,8 +210,11 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
     a sixth: so it stays one when others are added. Prints classes, counts, and what was skipped.
     """
     train, test = layout(root)
-    skipped = [x for place in dict.fromkeys((root, train)) for x in sorted(place.iterdir()) if hidden(x.name)]
-    skipped += [x for x in subfolders(root).values() if train != root and x not in (train, test)]
+    skipped = []
+    for place in dict.fromkeys(x for x in (root, train, test) if x):
+        used = [train, test] if place == root != train else subfolders(train).values()
+        used = {x.name for x in used if x}  # classes not asked for are left out, and said elsewhere
+        skipped += [x for x in sorted(place.iterdir()) if x.name not in used]
 
     def for_testing(path: Path) -> bool:
         name = path.relative_to(train).as_posix()

@@ -8,6 +8,7 @@ from base64 import b64decode, b64encode
 from html import escape
 
 import torch
+from packaging.version import Version
 from PIL import Image
 
 from noprop_example import Failure, NoProp, generator, reverse_steps, say
@@ -23,7 +24,7 @@ PAD = "<canvas width=280 height=280></canvas><p><button>Clear</button> <input ty
 PEN = """const [pad, clear, file] = element.querySelectorAll('canvas, button, input'), url = new FileReader();
 const pen = pad.getContext('2d'), send = picture => {props.value = picture; trigger('submit')};
 url.onload = () => send(url.result); file.onchange = () => url.readAsDataURL(file.files[0]);
-clear.onclick = () => {pen.clearRect(0, 0, 280, 280); send('')};
+clear.onclick = () => {pen.clearRect(0, 0, 280, 280); file.value = ''; send('')};
 pad.onpointerup = () => send(pad.toDataURL()); pen.lineWidth = 16; pen.lineCap = pen.lineJoin = 'round';
 pad.onpointermove = e => {if (e.buttons) {pen.lineTo(e.offsetX, e.offsetY); pen.stroke()}};
 pad.onpointerdown = e => {pad.setPointerCapture(e.pointerId); pen.beginPath(); pad.onpointermove(e)};"""
@@ -78,11 +79,14 @@ def answer(model: NoProp, config: LabConfig, threshold: float, url: str, tempera
 
 def show(ask, port: int) -> None:
     """The page, until Ctrl-C; ask: answer() of a network. Raises Failure."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "0", "GRADIO_RUN_HISTORY": "0", "no_proxy": "127.0.0.1"}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "0", "GRADIO_RUN_HISTORY": "0", "no_proxy": "*"}
     try:
         import gradio as gr
+
+        if Version(gr.__version__) < Version("6.20"):
+            raise ImportError(f"{gr.__version__} is here")
     except ImportError as error:
-        raise Failure("the demo takes gradio: pip install 'gradio>=6.20,<7'", 1) from error
+        raise Failure(f"the demo takes gradio: pip install 'gradio>=6.20,<7' ({error})", 1) from error
     with gr.Blocks(title="NoProp", analytics_enabled=False) as page:
         gr.Markdown(TEXT)
         with gr.Row():
@@ -97,7 +101,8 @@ def show(ask, port: int) -> None:
     look = dict(theme=theme, css=CSS, footer_links=[], prevent_thread_lock=True, quiet=True)
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, **look)
-    except OSError as error:
-        raise Failure(f"port {port} can't be used: choose another by --port", 1) from error
+    except OSError as error:  # without a number it is gradio's, of the port
+        reason = str(error) if error.errno else f"port {port} can't be used: choose another by --port"
+        raise Failure(reason, 1) from error
     say(f"Open {page.local_url} in a browser. Ctrl-C ends it.")
     threading.Event().wait()

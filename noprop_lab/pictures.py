@@ -38,7 +38,7 @@ STROKE = 0.12  # width of a stroke, of a digit's size, to which thinner ones are
 def read_picture(path: Path, config: LabConfig) -> Tensor:
     """A picture file as the config's data set has its images, uint8 (C, H, W). Raises Failure."""
     channels, *size = config.image_shape
-    picture = open_upright(path)
+    picture = open_upright(path, max(size))
     if config.dataset == "fashion_mnist":
         return torch.from_numpy(light_on_dark(picture, size[0]).copy()).unsqueeze(0)
     fitted = np.array(ImageOps.fit(on_white(picture).convert("RGB"), size[::-1]))
@@ -64,11 +64,14 @@ def asked(ask: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
 # --- Files -------------------------------------------------------------------------------------------------
 
 
-def open_upright(path: Path) -> Image.Image:
-    """A PNG or JPEG as RGBA, upright, its longer side SIDE at most. Raises Failure."""
+def open_upright(path: Path, least: int = 1) -> Image.Image:
+    """A PNG or JPEG as RGBA, upright, its longer side SIDE at most, if the shorter stays at least that.
+
+    Raises Failure.
+    """
     try:
         with Image.open(path) as file:
-            file.draft(None, (SIDE, SIDE))  # a JPEG need not be unpacked larger
+            file.draft(None, (max(SIDE, least),) * 2)  # a JPEG need not be unpacked larger
             deep = file.mode[0] in "IF"  # 16 bits, or floats, which convert() would clip
             file.load()
             try:
@@ -77,7 +80,7 @@ def open_upright(path: Path) -> Image.Image:
                 picture = file.copy()
             picture = eight_bits(picture) if deep else picture
         picture = picture if picture.mode in ("L", "RGB") else picture.convert("RGBA")
-        if (factor := math.ceil(max(picture.size) / SIDE)) > 1:
+        if (factor := min(math.ceil(max(picture.size) / SIDE), min(picture.size) // least)) > 1:
             picture = picture.reduce(factor)
         return picture.convert("RGBA")
     except Exception as error:  # a damaged file can raise anything here

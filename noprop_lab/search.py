@@ -88,7 +88,8 @@ def database_failures(where: str, code: int) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OptunaError, ImportError) as error:
-        raise Failure(f"{where}: {Failure(error.__cause__ or error)}", code) from error
+        missing = isinstance(error.__cause__ or error, ImportError)  # a driver
+        raise Failure(f"{where}: {Failure(error.__cause__ or error)}", 1 if missing else code) from error
     except (AssertionError, UnboundLocalError) as error:
         # of Optuna, where it can't even write that a trial failed: they hide what the database said
         if not isinstance(hidden := error.__context__, SQLAlchemyError | OptunaError):
@@ -260,7 +261,7 @@ def search(
     except Failure as failure:
         if not isinstance(failure.__cause__, Timeout):
             raise
-        say("Another process trains in this folder already, so this one is done.")
+        say("Another process trains in this folder already, with the best settings that it found.")
         return worker.failed
 
 

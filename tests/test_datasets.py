@@ -400,6 +400,24 @@ def test_a_test_folder_without_classes_is_passed_over(tmp_path, capsys):
     assert [len(x.labels) for x in found] == [40, 14] and "Skipped: test" in capsys.readouterr().out
 
 
+def test_what_is_of_no_class_is_named(tmp_path, capsys):
+    """Pictures beside the classes, and in the test folder a class that is not trained on."""
+    blue_and_red(tmp_path / "train", images=20)
+    blue_and_red(tmp_path / "test", ("blue", "red", "zebra"), images=7)
+    for place in (tmp_path, tmp_path / "train"):
+        Image.new("RGB", (30, 30)).save(place / "loose.png")
+    lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
+    skipped = "Skipped: loose.png, train/loose.png, test/zebra\n"
+    assert capsys.readouterr().out.endswith(skipped)
+
+
+def test_splits_of_one_class_are_no_classes(tmp_path):
+    for name in ("train", "test"):
+        blue_and_red(tmp_path / name, ("blue",))
+    with pytest.raises(noprop.Failure, match="for each class, two at least"):
+        lab_data.class_folders(tmp_path)
+
+
 def test_a_folder_that_is_not_there_or_can_not_be_read_is_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = untrained(tmp_path, LabConfig(num_blocks=2, dataset="folder", classes=("a", "b")))

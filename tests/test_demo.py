@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,21 @@ def test_a_port_in_use_is_a_line(capsys):
         assert lab.main(["demo", f"--port={port}"]) == 1
     line = f"error: port {port} can't be used: choose another by --port\n"
     assert capsys.readouterr() == ("", line)
+
+
+def test_what_else_keeps_the_page_from_opening_is_said(monkeypatch, capsys):
+    gr = pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
+
+    def launch(*_, **__):
+        raise PermissionError(13, "Permission denied", "/tmp/gradio")
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    refused(capsys, 1, ["demo"], "Permission denied: '/tmp/gradio'")
+
+
+def test_an_older_gradio_is_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="5.50.0"))
+    refused(capsys, 1, ["demo"], "pip install 'gradio>=6.20,<7' (5.50.0 is here)")
 
 
 # --- The page ----------------------------------------------------------------------------------------------

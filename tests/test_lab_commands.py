@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from conftest import noprop
+from conftest import ROOT, noprop
 from laboratory import contents, flags_of, lab, quick_lab, refused, untrained
 
 from noprop_lab import parts, search
@@ -162,11 +162,28 @@ def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks, tmp
 
 
 def test_the_twins_threads_are_a_setting_that_a_file_may_have(tmp_path):
-    """Their number is --threads where nothing else says it."""
+    """Their number is --threads where no file says another; that flag, where given, wins."""
     (tmp_path / "a.json").write_text('{"step_threads": 3}')
-    twin, file = ["--objective=backprop", "--threads=2"], f"--config={tmp_path / 'a.json'}"
-    for flags, threads in ((twin, 2), ([*twin, file], 3), ([*twin, file, "--step-threads=4"], 4)):
+    twin, flag, file = ["--objective=backprop"], "--threads=2", f"--config={tmp_path / 'a.json'}"
+    last = [*twin, flag, file, "--step-threads=4"]
+    for flags, threads in (([*twin, flag], 2), ([*twin, file], 3), ([*twin, flag, file], 2), (last, 4)):
         assert lab.read_command_line("train", flags)[0].step_threads == threads
+
+
+@pytest.mark.parametrize("main", [noprop.main, lab.main])
+def test_an_answer_takes_no_more_threads_than_are_given(main, tmp_path, monkeypatch):
+    """The script and the lab set them for a while: before and after there are two."""
+    path, threads = untrained(tmp_path), []
+
+    def probabilities(_, images: torch.Tensor) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return torch.full((len(images), 1, 10), 0.1)
+
+    monkeypatch.setattr(noprop.NoProp, "probabilities", probabilities)
+    torch.set_num_threads(2)
+    arguments = ["predict", str(path)] if main is lab.main else ["--predict", str(path)]
+    assert main([*arguments, str(ROOT / "docs/img/digits.jpg"), "--threads=1"]) == 0
+    assert threads == [1] and torch.get_num_threads() == 2
 
 
 def test_a_search_leaves_out_what_an_objective_does_not_know():

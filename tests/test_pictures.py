@@ -18,6 +18,7 @@ from noprop_lab.pictures import (
     asked,
     ink_of,
     like_mnist,
+    open_upright,
     read_digits,
     read_picture,
     read_pictures,
@@ -39,6 +40,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def network() -> noprop.NoProp:
     return noprop.load(WEIGHTS)
+
+
+def test_a_picture_is_not_enlarged_from_fewer_pixels_than_it_has(tmp_path):
+    """Stripes two pixels wide of 1200 by 900 stay 900 high, as 512 are asked for; 28 take a half of them."""
+    stripes = np.tile(np.repeat(np.array([0, 255], np.uint8), 2), (900, 300))
+    Image.fromarray(stripes).save(path := tmp_path / "a.png")
+    config = LabConfig(dataset="folder", classes=("a", "b"), image_size=512)
+    assert open_upright(path, 512).size == (1200, 900) and open_upright(path, 28).size == (600, 450)
+    assert read_picture(path, config).float().std() > 40
 
 
 # --- The network in the repository -------------------------------------------------------------------------
