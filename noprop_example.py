@@ -426,7 +426,7 @@ class Options(Checked):
     predict: tuple[Path, ...] = ()  # a checkpoint, then images; photographs: python -m noprop_lab predict
     run_hpo: bool = False  # search hyperparameters with Optuna, then train with the best
     output_dir: Path = Path(".")  # folder for all that is written
-    data_root: Path = BESIDE if BESIDE.is_dir() else Path("data")  # holds MNIST/raw, with or without .gz
+    data_root: Path = BESIDE if (BESIDE / "MNIST").is_dir() else Path("data")  # holds MNIST/raw (or .gz)
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the accelerator if there is one
     # Files and machine
     config: Path | None = None  # a JSON file of settings, such as hpo_best.json: over --preset, below flags
@@ -526,7 +526,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, noise: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), turned by ≤ 12°, scaled by ≤ 10 %, shifted by ≤ 6 % of the width, at random."""
+    """Images (B, C, H, W), turned, scaled, shifted at random: their grid by ≤ 12°, 10 %, 6 % of the width."""
     limits = torch.tensor([[math.radians(12)], [0.1], [0.12], [0.12]])  # shifts: 1 is half the width
     angle, scale, dx, dy = (torch.rand(4, len(images), generator=noise) * 2 - 1) * limits
     cos, sin = torch.cos(angle) * (1 + scale), torch.sin(angle) * (1 + scale)
@@ -969,7 +969,7 @@ def read_digit(path: Path) -> Tensor:
 
 
 def print_classes(ask: Callable[[Tensor], Tensor], pictures, read=read_digit, names=range(10)) -> int:
-    """Print the classes in each picture; of one, the three most probable. 2 if one can't be read, else 0.
+    """Print the classes in each picture; of one, the three most probable. 0, or the first failure's code.
 
     read: the images in a file; ask: of images, their class probabilities (N, classes).
     """
@@ -982,7 +982,7 @@ def print_classes(ask: Callable[[Tensor], Tensor], pictures, read=read_digit, na
             say(f"{path}: {' '.join(str(names[row[0]]) for row in best)}  ({', '.join(shares)})")
         except Failure as failure:  # the others are answered all the same
             say(f"error: {failure}", file=sys.stderr)
-            code = failure.code
+            code = code or failure.code
     return code
 
 
@@ -1190,14 +1190,14 @@ def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the script prints its own lines
-    searched, given = suggest(probe := optuna.create_study().ask()), config.saved()
+    searched, given = suggest(probe := optuna.create_study().ask()), vars(config) | config.saved()
     if unknown := searched.keys() - given.keys():
         raise Failure(f"suggest() proposes what is no setting: {', '.join(unknown)}")
     spaces = probe.distributions
     if config.eta_min > (least := getattr(spaces.get("lr"), "low", math.inf)):
         raise Failure(f"eta_min must be at most {least}, the search's least lr, not {config.eta_min}")
-    fixed = {k: x for k, x in given.items() if k not in searched} | spaces, judged_by, source_of(suggest)
-    name = hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]
+    fixed = {k: x for k, x in config.saved().items() if k not in searched} | spaces
+    name = hashlib.sha256(repr((fixed, judged_by, source_of(suggest))).encode()).hexdigest()[:16]
     pruner = optuna.pruners.MedianPruner()  # learning curves keep their order: docs/search.md
     study = optuna.create_study(storage=storage, pruner=pruner, study_name=name, load_if_exists=True)
     first = {k: x for k, x in given.items() if k in spaces and x in getattr(spaces[k], "choices", [x])}
@@ -1328,13 +1328,13 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     bare = not given.keys() & {"evaluate", "predict", "resume"}
     chosen = {x.name: given.pop(x.name) for x in fields(Options) if x.name in given}
     options = Options(**{"run_hpo": RUN_HPO and bare} | chosen)
+    base = vars(getattr(Config, options.preset, Config)())
     try:
         file = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
         file = file.get("config", file)
-        start = getattr(Config, options.preset, Config)(**file)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        given = {k: x for k, x in (base | file).items() if base[k] != getattr(Config, k) or k in file} | given
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # the last: no setting
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
-    given = {k: x for k, x in vars(start).items() if k in file or x != getattr(Config, k)} | given
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
         content, free = read_checkpoint(path), {"epochs"} if options.resume else {"temperature", "weights"}

@@ -514,7 +514,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/parts.py", 'content["data"] != contents[0]["data"]', "False"),
     (f"{LAB}/parts.py", 'content["training"]["step"] != contents[0]["training"]["step"]', "False"),
     (SCRIPT, "_replace(test=None)  # augment may be searched too", "_replace(test=None, augment=augment)"),
-    (SCRIPT, "| spaces, judged_by, source_of(suggest)", ", judged_by"),
+    (SCRIPT, "(fixed, judged_by, source_of(suggest))", "(fixed, judged_by)"),
     (
         SCRIPT,
         "classes_in(z, model.label_embedding.weight, level)",

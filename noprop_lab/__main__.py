@@ -75,7 +75,7 @@ def read_command_line(
     given = settings_in(arguments, kind := CONFIGS[options.named_objective or "hybrid"], read)
     if "threads" in named and issubclass(kind, WholeConfig):  # a flag, which wins over a file
         given = {"step_threads": options.threads} | given
-    config = replace(start_of(options, block=given.get("block")), **given)
+    config = kind(**settings_of(options, given))
     if config.mirror and not config.augment:
         raise Failure("mirror is part of the augmentation: leave out no_augment")
     if len(config.classes) == 1:
@@ -100,38 +100,36 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     """The settings of a JSON file, such as hpo_best.json or a run's summary. Raises Failure."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        return dict(content.get("config", content))
+        settings = dict(content.get("config", content))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Failure(f"cannot read settings from {path}: it must be like hpo_best.json") from error
+        raise Failure(f"cannot use {path} as hpo_best.json: {Failure(error)}") from error
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
 
 
-def start_of(options: LabOptions, own: dict[str, Any] | None = None, block: str | None = None) -> LabConfig:
-    """The config that flags change: of an objective, a preset, a data set's own settings, a file.
+def settings_of(options: LabOptions, flags: dict[str, Any], own: dict[str, Any] | None = None):
+    """What flags change, over a file, over a data set's own settings, over a preset. Raises Failure.
 
     A data set's own number of blocks goes with its block: not with another, of a preset, a file, or a flag.
     """
-    kind = CONFIGS[options.named_objective or "hybrid"]
+    kind, file = CONFIGS[options.named_objective or "hybrid"], read_settings(options.config)
+    if unknown := file.keys() - {field.name for field in fields(kind)}:
+        raise Failure(f"cannot use {options.config}: {', '.join(sorted(unknown))} is no setting of this")
     if options.preset == "paper" and not hasattr(kind, "paper"):
         raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
-    given = read_settings(options.config)
-    dataset = options.dataset or given.get("dataset", "mnist")
-    try:
-        make = kind if options.preset == "default" else getattr(kind, options.preset)
-        of_set = {"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {}
-        start, plain = make(**of_set), kind()
-        if own is None:
-            own = SOURCES[dataset].settings if dataset in SOURCES else {}
-            own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
-        free = {x for x in own if getattr(start, x) == getattr(plain, x)} - {*kind.WITHOUT_EFFECT}
-        free -= {"num_blocks"} if block or "block" in given or start.block != plain.block else set()
-        settings = {name: x for name, x in own.items() if name in free}
-        settings |= {"step_threads": options.threads} if issubclass(kind, WholeConfig) else {}
-        settings |= given | {"dataset": dataset}
-        settings |= {"embedding": "fixed"} if options.embedding_from else {}
-        settings |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
-        return replace(start, **settings)
-    except (TypeError, ValueError) as error:
-        raise Failure(f"cannot use these settings: {Failure(error)}") from error
+    dataset = options.dataset or file.get("dataset", "mnist")
+    make = kind if options.preset == "default" else getattr(kind, options.preset)
+    start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
+    preset = {name: x for name, x in vars(start).items() if x != getattr(kind, name)}
+    if own is None:
+        own = SOURCES[dataset].settings if dataset in SOURCES else {}
+        own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
+    taken = {*preset, *kind.WITHOUT_EFFECT}
+    if "block" in preset or (file | flags).get("block", own.get("block")) != own.get("block"):
+        taken.add("num_blocks")
+    found = preset | {name: x for name, x in own.items() if name not in taken} | file | {"dataset": dataset}
+    found |= {"embedding": "fixed"} if options.embedding_from else {}
+    found |= {"blocks": options.blocks, "select": "last"} if options.blocks else {}
+    return found | flags
 
 
 def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, Any], arguments: list[str]):
@@ -141,20 +139,15 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
     free = saved.FREE if options.evaluate or options.predict else ("epochs",)
-    given |= {"dataset": options.dataset} if options.dataset else {}
-    chosen = replace(options, objective=kind, dataset=options.dataset or saved.dataset)
-    implied = start_of(chosen, own={})  # what a data set brings was free to be another
-    if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
-        named = options.resume and "--threads" in flags
-        implied = replace(implied, step_threads=options.threads if named else saved.step_threads)
-        if named and options.threads != saved.step_threads:
-            there = f"which was trained with {saved.step_threads}: leave it out"
-            raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
-    file, plain = read_settings(options.config), type(implied)
-    named = {name: x for name, x in vars(implied).items() if name in file or x != getattr(plain, name)}
-    named |= {"dataset": file["dataset"]} if "dataset" in file and not options.dataset else {}
-    config = noprop.over_checkpoint(content, named | given, free)
-    if options.resume and saved.dataset == "folder" and not implied.classes and "classes" not in given:
+    dataset = options.dataset or read_settings(options.config).get("dataset", saved.dataset)
+    # what a data set brings was free to be another
+    given = settings_of(replace(options, objective=kind, dataset=dataset), given, own={})
+    whole = isinstance(saved, WholeConfig)  # whose last bits depend on --threads
+    if options.resume and "--threads" in flags and whole and options.threads != saved.step_threads:
+        there = f"which was trained with {saved.step_threads}: leave it out"
+        raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
+    config = noprop.over_checkpoint(content, given, free)
+    if options.resume and saved.dataset == "folder" and "classes" not in given:
         there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))
         if there != here:
             raise Failure(f"{path} has the classes {there}, --data-root {here}: add --classes {there}")
@@ -354,7 +347,7 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except Failure as failure:
-        if failure.code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        if failure.code == 2 and parallel.local_rank():
             raise SystemExit(2) from failure
         raise
 

@@ -159,7 +159,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * (self.draw(x.shape, partial(uniform, x.device)) >= self.p) / (1 - self.p)
+        draw, self.draw = self.draw, None  # it holds the state, which could not be freed at once
+        return x * (draw(x.shape, partial(uniform, x.device)) >= self.p) / (1 - self.p)
 
 
 def uniform(device: torch.device, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -228,7 +229,7 @@ def image_block(make, image_shape, embed_dim, num_classes, target) -> nn.Module:
 
 
 def prototypes(split: Split, classes: int) -> Tensor:
-    """Of each class the image, (classes, C·H·W) in [0, 1], whose median distance to the others is smallest.
+    """Of each class the image, (classes, C·H·W) in [0, 1], whose median distance (itself: 0) is smallest.
 
     The paper's "prototype" embedding, which is learned from there. Raises Failure for a class without images.
     """

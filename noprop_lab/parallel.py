@@ -7,6 +7,7 @@ process evaluates, draws and writes.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -38,10 +39,15 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def local_rank() -> int | None:
+    """The number of this process on its machine, where torchrun has started it."""
+    return int(os.environ["LOCAL_RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Where torchrun has started several processes: connect them. Raises Failure (1) if one is missing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if local_rank() is None:
         yield
         return
     for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends again what the terminal has sent to all
@@ -85,13 +91,14 @@ def on_first(function: Callable, *arguments) -> Any:
 
 def pick_device(options: Options) -> torch.device:
     """A GPU for each process of a machine, or the CPU for all. Raises Failure."""
-    if "LOCAL_RANK" in os.environ and options.device in ("auto", "cuda") and torch.cuda.is_available():
-        gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    number = local_rank()
+    if number is not None and options.device in ("auto", "cuda") and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
             raise Failure(f"there are {gpus} GPUs: start so many processes at most, or add --device cpu")
         options = replace(options, device=f"cuda:{number}")
         torch.cuda.set_device(number)  # NCCL would take the first GPU for objects
-    elif "LOCAL_RANK" in os.environ and options.device == "auto":
+    elif number is not None and options.device == "auto":
         options = replace(options, device="cpu")  # gloo takes no tensor on MPS
     return noprop.pick_device(options)
 
@@ -104,7 +111,7 @@ class SharedState(LabState):
         rank, size = rank_and_size()
         if size > len(self.blocks):
             raise Failure(f"{size} processes for {len(self.blocks)} blocks: start at most one a block")
-        self.blocks = self.blocks[rank::size]
+        self.blocks, self.gathered = self.blocks[rank::size], -1  # after which step
 
     def update(self, name: str, lr: float) -> Tensor:
         """A step of one part; all processes step the embedding alike, by what all blocks hand back."""
@@ -119,7 +126,9 @@ class SharedState(LabState):
 
     def gather(self) -> None:
         """Bring what each process has trained, and the log of this epoch, to the first process."""
-        rank, size = rank_and_size()
+        if self.gathered == self.step:  # by measure(), before save()
+            return
+        self.gathered, (rank, size) = self.step, rank_and_size()
         names = part_names(self.blocks, self.config.num_blocks)
         sent = tree_map_only(Tensor, Tensor.cpu, ({name: self.part_state(name) for name in names}, self.log))
         received: list[Any] | None = [None] * size if rank == 0 else None
@@ -188,13 +197,9 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
                 collective(dist.broadcast_object_list, [None, failure])  # as on_first() does
             raise
     on_first(tuple)
-    with open(os.devnull, "w") as silence, noprop.caught_signals() as signalled:
-        sys.stdout = silence
-        try:
-            if content:
-                state.resume(content, digest)
-            return noprop.train_and_save(
-                state, data, often, noprop.train_step, agreement(state, digest, options, signalled)
-            )
-        finally:
-            sys.stdout = sys.__stdout__
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet, noprop.caught_signals() as signalled:
+        if content:
+            state.resume(content, digest)
+        agreed = agreement(state, digest, options, signalled)
+        return noprop.train_and_save(state, data, often, noprop.train_step, agreed)

@@ -98,14 +98,16 @@ def database_failures(where: str, code: int) -> Iterator[None]:
 
 
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
-    """The script's search space, without the settings that an objective does not know."""
+    """The script's search space, without the settings that an objective does not know, or that do nothing."""
+    learns = config.learns_embedding and (config.objective != "backprop" or config.target == "classes")
+    idle = {*config.WITHOUT_EFFECT} | (set() if learns else {"embed_wd", "max_norm_embed"})
 
     @wraps(noprop.suggest)  # so that a study of the script's has the same name
     def suggest(trial) -> dict[str, Any]:
         found = noprop.suggest(trial)
         if read := found.keys() & READ:
             raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
-        return {name: value for name, value in found.items() if name not in config.WITHOUT_EFFECT}
+        return {name: value for name, value in found.items() if name not in idle}
 
     return suggest
 

@@ -474,6 +474,14 @@ def test_without_a_picture_the_results_are_there(flags, tmp_path, monkeypatch, c
     assert (tmp_path / "noprop_hybrid.json").exists() and not (tmp_path / "denoising_hybrid.png").exists()
 
 
+def test_of_several_failures_the_first_decides_the_exit_code(capsys):
+    def read(code: int):
+        raise noprop.Failure("unreadable", code)
+
+    assert noprop.print_classes(None, [1, 2], read) == 1 and noprop.print_classes(None, [2, 1], read) == 2
+    assert capsys.readouterr().err.count("error: unreadable") == 4
+
+
 def test_letters_that_a_console_lacks(monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--help"])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(found := io.BytesIO(), encoding="ascii"))

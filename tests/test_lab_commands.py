@@ -147,6 +147,7 @@ def test_a_preset_wins_over_a_data_set_and_a_flag_over_both(flags, block, epochs
     [
         ("", 3),
         ("--block=small", 10),
+        ("--block=deep", 3),  # its own
         ("--config=small.json", 10),
         ("--preset=accurate", 10),
         ("--preset=reference", 10),
@@ -186,10 +187,36 @@ def test_an_answer_takes_no_more_threads_than_are_given(main, tmp_path, monkeypa
     assert threads == [1] and torch.get_num_threads() == 2
 
 
-def test_a_search_leaves_out_what_an_objective_does_not_know():
+def test_a_part_may_be_of_any_number_of_blocks():
+    for flags in (
+        ["--num-blocks=12", "--blocks=9-12"],
+        ["--dataset=fashion_mnist", "--num-blocks=10", "--blocks=4-10"],
+    ):
+        config = lab.read_command_line("train", ["--embedding=fixed", *flags])[0]
+        assert config.own_blocks[-1] == config.num_blocks and config.select == "last"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"), [({"temperature": 1}, "--weights=ddpm"), ({"all_images": True}, "--select=last")]
+)
+def test_flags_win_over_what_a_file_would_contradict_without_them(settings, flag, tmp_path):
+    (path := tmp_path / "a.json").write_text(json.dumps(settings))
+    assert settings.items() <= vars(lab.read_command_line("train", [f"--config={path}", flag])[0]).items()
+    if "temperature" in settings:
+        assert noprop.read_command_line([f"--config={path}", flag])[0].temperature == 1
+
+
+def test_a_search_leaves_out_what_an_objective_does_not_know_or_what_does_nothing():
     names = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay")
     values = {name: 1e-3 if name == "embed_wd" else 0.1 for name in names}
-    for config, missing in ((LabConfig(), set()), (DTConfig(), {"lambda_global"})):
+    idle, weights = {"embed_wd"}, {"eta_loss_weight", "lambda_global"}
+    for config, missing in (
+        (LabConfig(), set()),
+        (LabConfig(embedding="fixed"), idle),
+        (DTConfig(), {"lambda_global"}),
+        (BackpropConfig(), weights | idle),
+        (BackpropConfig(target="classes"), weights),
+    ):
         found = search.space_of(config)(optuna.trial.FixedTrial(values))
         assert set(values) - set(found) == missing and replace(config, **found)
 
@@ -227,7 +254,9 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --embedding onehot --embed-dim 30", "embedding onehot has 10 dimensions"),
         ("train --dataset cifar10 --classes a b", "classes are those of dataset folder"),
         ("train --dataset svhn", "--dataset"),
-        ("train --config svhn.json", "cannot use these settings: dataset can't be"),
+        ("train --config none.json", "cannot use none.json as hpo_best.json: No such file"),
+        ("train --config speed.json", "cannot use speed.json: speed is no setting of this"),
+        ("train --config svhn.json", "dataset can't be"),
         ("train --image-size 20", "image_size must be at least 28"),
         ("train --image-size 64", "image_size is of dataset folder"),
         ("train --evaluate F", "--evaluate is a command: python -m noprop_lab evaluate"),
@@ -276,6 +305,7 @@ def test_what_is_refused_is_named(arguments, word, two_networks, tmp_path, monke
     for path in two_networks:
         shutil.copy(path, tmp_path)
     (tmp_path / "ten.json").write_text('{"num_blocks": 10}')
+    (tmp_path / "speed.json").write_text('{"speed": 1}')
     (tmp_path / "set.json").write_text('{"dataset": "mnist"}')
     (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
     part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}

@@ -143,6 +143,8 @@ def test_a_gpu_for_each_process(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(noprop, "pick_device", lambda options: options.device)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.pick_device(noprop.Options()) == "auto"  # left over from another launcher
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert parallel.pick_device(noprop.Options()) == "cuda:1"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
@@ -212,6 +214,7 @@ def test_processes_save_when_it_is_time(monkeypatch):
 def test_processes_on_a_mac_take_the_cpu(monkeypatch):
     """gloo can't add up what is on MPS."""
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda _=False: torch.device("mps"))
     assert parallel.pick_device(noprop.Options()).type == "cpu"

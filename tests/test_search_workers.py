@@ -128,6 +128,16 @@ def test_a_searched_augmentation_is_that_of_the_images(tmp_path, monkeypatch):
     assert lab.main(["search", *flags(tmp_path, hpo_trials=1)]) == 0
 
 
+def test_a_setting_of_the_lab_may_be_searched(tmp_path, monkeypatch):
+    """Though its default is not written into files."""
+    monkeypatch.setattr(
+        noprop, "suggest", lambda trial: {"embed_scale": trial.suggest_float("embed_scale", 0.5, 4)}
+    )
+    assert search(tmp_path) == 0
+    first, second = trials(tmp_path)
+    assert first.params == {"embed_scale": 1.0} != second.params
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -1,8 +1,10 @@
 """What decides a result, each against its own value: rates, draws, orders, averages, choices, pictures."""
 
+import gc
 import json
 import time
 import warnings
+import weakref
 from functools import partial
 
 import numpy as np
@@ -103,14 +105,26 @@ def test_dropout_masks_differ_by_layer_block_and_step_and_repeat(kind, small_dat
         for block in state.model.blocks:
             for layer in block.image:
                 if type(layer).__name__ == "Dropout":
-                    layer.register_forward_hook(
-                        lambda layer, inputs, out, seen=seen: seen.append(layer.draw(out.shape, torch.rand))
+                    layer.register_forward_pre_hook(
+                        lambda layer, x, seen=seen: seen.append(layer.draw(x[0].shape, torch.rand))
                     )
         image, label = noprop.to_float(small_data.train.images[:16]), small_data.train.labels[:16]
         for state.step in range(2):
             step_of(state.config)(state, image, label, 1e-3)
         masks.append([x.detach().numpy().tobytes() for x in seen])
     assert masks[0] == masks[1] and len(set(masks[0])) == 2 * 2 * 3
+
+
+def test_a_state_is_freed_when_nobody_has_it_any_more(small_data):
+    """At once, as those of a search's trials must be: Python's own search for cycles may take its time."""
+    state = LabState(DTConfig(num_blocks=2, block="paper"), CPU, small_data)
+    image, label = noprop.to_float(small_data.train.images[:16]), small_data.train.labels[:16]
+    noprop.train_step(state, image, label, 1e-3)
+    kept = weakref.ref(state)
+    gc.disable()
+    del state
+    gc.enable()
+    assert kept() is None
 
 
 def test_the_papers_block_drops_a_fifth():
