@@ -611,6 +611,37 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
         "",
     ),
     (f"{LAB}/data.py", " if name in there else ()", ""),
+    (f"{LAB}/dt.py", "draw, self.draw = self.draw, None", "draw = self.draw"),
+    (f"{LAB}/search.py", '| (set() if learns else {"embed_wd", "max_norm_embed"})', ""),
+    (f"{LAB}/__main__.py", "    return found | flags", "    return flags | found"),
+    (
+        f"{LAB}/__main__.py",
+        '(file | flags).get("block", own.get("block")) != own.get("block")',
+        '(file | flags).get("block")',
+    ),
+    (SCRIPT, "vars(config) | config.saved()", "config.saved()"),
+    (
+        f"{LAB}/parallel.py",
+        'if "TORCHELASTIC_RUN_ID" in os.environ else None',
+        'if "LOCAL_RANK" in os.environ else None',
+    ),
+    (SCRIPT, "code = code or failure.code", "code = failure.code"),
+    (f"{LAB}/__main__.py", 'if "threads" in named and issubclass(kind, WholeConfig):', "if False:"),
+    (f"{LAB}/pictures.py", "min(picture.size) // least", "9"),
+    (f"{LAB}/data.py", " or {x.lower() for x in names} <= {*TRAIN, *TEST}", ""),
+    (
+        f"{LAB}/data.py",
+        "dict.fromkeys(x for x in (root, train, test) if x)",
+        "dict.fromkeys(x for x in (root, train) if x)",
+    ),
+    (f"{LAB}/search.py", "1 if missing else code", "code"),
+    (
+        SCRIPT,
+        "    with workers(device, options.threads) as parallel:\n        if options.predict",
+        "    if parallel := map:\n        if options.predict",
+    ),
+    (f"{LAB}/__main__.py", "with noprop.workers(device, options.threads) as pool:", "if pool := map:"),
+    (f"{LAB}/parallel.py", "if self.gathered == self.step:", "if self.gathered >= 0:"),
 ]
 
 PARALLEL = [
