@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import spare
+from conftest import noprop, spare, undrawn
 
 torch.set_num_threads(1)  # threads do not outlive a fork
-spare(pytest.MonkeyPatch())
+spare(patch := pytest.MonkeyPatch())
+patch.setattr(noprop, "picture", undrawn)

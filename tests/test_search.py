@@ -9,7 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import TINY, fails, noprop, small_disk, start, wait_until
+from conftest import TINY, fails, noprop, small_disk, start, undrawn, wait_until
 from laboratory import contents, equal
 
 
@@ -24,7 +24,8 @@ def search(folder: Path, **changes) -> int:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, small_data):
-    """Few images to validate and to test on."""
+    """Few images to validate and to test on, and no pictures."""
+    monkeypatch.setattr(noprop, "picture", undrawn)
 
     def few(config, *_) -> noprop.Data:
         train = noprop.Split(*(x[: config.train_images] for x in small_data.train))
