@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
+from sqlalchemy import Engine, event
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import noprop_example as noprop  # noqa: E402
 
 CPU = torch.device("cpu")
-load_all, savefig = noprop.load_data, Figure.savefig  # as they are, whatever a test puts in their place
+load_all, picture, savefig = noprop.load_data, noprop.picture, Figure.savefig  # whatever a test puts there
 TINY = {"epochs": 1, "train_images": 512, "batch_size": 128, "num_blocks": 3}
 
 
@@ -63,8 +65,21 @@ def interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@event.listens_for(Engine, "connect")
+def unflushed(connection, _) -> None:
+    """No test cuts the power: SQLite need not wait for the disk."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+
+
+def undrawn(draw: Callable, path: Path, *arguments) -> int:
+    """noprop.picture(), where no test looks at what is drawn."""
+    noprop.write_file(path, b"figure")
+    return 0
+
+
 def spare(patch: pytest.MonkeyPatch) -> None:
-    """What takes most of a short run's time: MNIST is read once, and figures are made, but not laid out.
+    """Take away most of a short run's time: MNIST is read once, nothing is drawn or flushed to the disk.
 
     The repository's MNIST, that is; other folders are read whenever one asks.
     """
@@ -76,13 +91,9 @@ def spare(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(noprop, "read_mnist", again)
     patch.setattr("noprop_lab.data.read_mnist", again)
+    patch.setattr(noprop, "picture", undrawn)
     patch.setattr(Figure, "savefig", lambda figure, file, **how: file.write(b"figure"))
-
-
-def undrawn(draw: Callable, path: Path, *arguments) -> int:
-    """noprop.picture(), where no test looks at what is drawn."""
-    noprop.write_file(path, b"figure")
-    return 0
+    patch.setattr(os, "fsync", lambda number: None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -94,9 +105,11 @@ def spared() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def drawn(request, monkeypatch) -> None:
-    """Figures are saved where a test is marked so."""
-    if request.node.get_closest_marker("draws"):
-        monkeypatch.setattr(Figure, "savefig", savefig)
+    """Pictures are drawn where a test is marked so, and with "saved" laid out and saved too."""
+    if mark := request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(noprop, "picture", picture)
+        if "saved" in mark.args:
+            monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +144,7 @@ def trained(tmp_path_factory) -> Path:
         if not (folder / "done").exists():
             flags = ["--epochs=2", "--num-blocks=3", "--train-images=20000"]
             with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(noprop, "picture", picture)
                 patch.setattr(Figure, "savefig", savefig)
                 assert noprop.main([*flags, "--output-dir", str(folder)]) == 0
             (folder / "done").touch()

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import noprop, spare, undrawn
+from conftest import spare
 
 torch.set_num_threads(1)  # threads do not outlive a fork
-spare(patch := pytest.MonkeyPatch())
-patch.setattr(noprop, "picture", undrawn)
+spare(pytest.MonkeyPatch())

@@ -40,6 +40,12 @@ def quick_lab() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def quick_main(arguments: list[str]) -> int:
+    """The script's command with few images, in a process of its own."""
+    with quick_lab():
+        return noprop.main(arguments)
+
+
 def refused(capsys, code: int, arguments: list[str], *words: str, main=lab.main) -> None:
     """fails(), of a command of the lab; what was printed before it does not count."""
     capsys.readouterr()

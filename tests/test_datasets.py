@@ -160,6 +160,7 @@ def test_a_user_without_a_name_is_a_number(monkeypatch, error):
 # --- Colour ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(
     ("dataset", "name", "key"), [("cifar10", "CIFAR10", "labels"), ("cifar100", "CIFAR100", "fine_labels")]
 )

@@ -407,9 +407,9 @@ def test_the_results_are_those_of_the_selected_weights(kind, small_data, tmp_pat
     assert found["val_accuracy"] == noprop.evaluate(kept, data.val, config)["accuracy"][-1] < 100
 
 
-@pytest.mark.draws
 @pytest.mark.slow
-@BOTH
+@pytest.mark.draws
+@pytest.mark.parametrize("kind", [pytest.param(CTConfig, marks=pytest.mark.draws("saved")), FMConfig])
 def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, capsys):
     from PIL import Image
 

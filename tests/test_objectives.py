@@ -393,6 +393,7 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
         assert short.history[0][name] == pytest.approx(exact.history[0][name], rel=0.02)
 
 
+@pytest.mark.draws
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dt", "backprop --weights learned --temperature 1", "cascade"])
 def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, objective, capsys):
