@@ -221,6 +221,12 @@ def train_tiny(data: noprop.Data, threads: int = 1, **changes) -> noprop.State:
     return state
 
 
+@pytest.fixture(scope="session")
+def tiny_state(small_data) -> noprop.State:
+    """After TINY, on one thread; nobody changes it."""
+    return train_tiny(small_data)
+
+
 def same(a: dict, b: dict) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

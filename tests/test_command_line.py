@@ -18,10 +18,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, noprop, same, small_disk, start, wait_until
+from conftest import ROOT, TINY, fails, noprop, small_disk, start, wait_until
+from laboratory import quick_lab, quick_main
 from PIL import Image
 
 SCRIPT = str(ROOT / "noprop_example.py")
+
+
+@pytest.fixture
+def quick():
+    with quick_lab():
+        yield
 
 
 def test_files_of_a_run(trained, capsys):
@@ -246,34 +253,19 @@ class RunsCode:
         return os.system, ("touch pwned",)
 
 
-def test_damaged_and_hostile_checkpoints(capsys, tmp_path, monkeypatch, trained):
+def test_hostile_and_unfit_checkpoints(capsys, tmp_path, monkeypatch, trained):
+    """Damaged ones: test_files.py, test_properties.py."""
     monkeypatch.chdir(tmp_path)
-    content = (trained / "noprop_hybrid.pt").read_bytes()
-    good = noprop.load(trained / "noprop_hybrid.pt").state_dict()
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     (tmp_path / "hostile.pt").write_bytes(pickle.dumps(RunsCode()))
     torch.save(RunsCode(), "hostile-zip.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
-    for name in ("other", "hostile", "hostile-zip", "text", "empty", "cut"):
+    for name in ("other", "hostile", "hostile-zip"):
         fails(capsys, 2, ["--evaluate", f"{name}.pt"], f"{name}.pt", "no checkpoint of this script")
     assert not (tmp_path / "pwned").exists()
     torch.save({"format": noprop.FORMAT}, "bare.pt")
     torch.save(torch.load(trained / "noprop_hybrid.pt") | {"model": {1: torch.zeros(1)}}, "numbers.pt")
     fails(capsys, 2, ["--evaluate", "bare.pt"], "bare.pt (None: 'objective') is the lab's")
     fails(capsys, 2, ["--evaluate", "numbers.pt"], "numbers.pt does not hold the weights of its settings")
-    refused = 0
-    for i in range(25):  # a flipped bit is refused, or changes nothing
-        place = int.from_bytes(hashlib.sha256(bytes([i])).digest()[:4], "big") % len(content)
-        (tmp_path / "flipped.pt").write_bytes(
-            content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
-        )
-        try:
-            assert same(noprop.load("flipped.pt").state_dict(), good)
-        except noprop.Failure as failure:
-            refused += failure.code == 2
-    assert refused >= 20
     payload = torch.load(trained / "noprop_hybrid.pt", weights_only=True)
     for change, word in (
         ({"config": payload["config"] | {"embed_dim": "a"}}, "embed_dim"),
@@ -398,7 +390,7 @@ def test_a_hang_up_that_is_ignored_stays_ignored():
 
 
 @pytest.mark.parametrize(("minutes", "saved"), [(10.0, 4), (1e-9, 6)])
-def test_divergence_keeps_the_last_checkpoint(minutes, saved, capsys, tmp_path):
+def test_divergence_keeps_the_last_checkpoint(minutes, saved, quick, capsys, tmp_path):
     """Of an epoch, or where a step takes longer than --checkpoint-minutes, of the step before."""
 
     def poisoned(state, image, *rest):
@@ -425,7 +417,7 @@ def test_a_checkpoint_comes_when_it_is_time(small_data, tmp_path, monkeypatch):
     assert saved == [4, 8, 12, 12]  # the last of the epoch
 
 
-def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, flags, capsys):
+def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, flags, quick, capsys):
     """The picture of an earlier run stays whole."""
     for name in ("noprop_hybrid.json", "training_progress_hybrid.png"):
         (tmp_path / name).write_text("of an earlier run")
@@ -438,7 +430,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, flags, capsys):
 def test_a_signal_leaves_whole_files(tmp_path):
     """Of a terminal that is closed; in test_reliability.py those of Ctrl-C and kill."""
     flags = ["--epochs=50", "--train-images=2000", "--num-blocks=3", f"--output-dir={tmp_path / 'run'}"]
-    process = start(output := tmp_path / "output", flags)
+    process = start(output := tmp_path / "output", flags, quick_main)
     wait_until(lambda: output.exists() and "\nepoch" in output.read_text(), process)
     os.kill(process.pid, signal.SIGHUP)
     process.join(300)
@@ -464,7 +456,8 @@ def test_importing_prints_and_writes_nothing(tmp_path):
     assert not {"matplotlib", "optuna", "torchvision", "PIL"} & modules
 
 
-def test_without_a_picture_the_results_are_there(flags, tmp_path, monkeypatch, capsys):
+@pytest.mark.draws
+def test_without_a_picture_the_results_are_there(flags, quick, tmp_path, monkeypatch, capsys):
     """Of a matplotlib that can't be imported, as with a backend that it does not know."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert noprop.main(flags) == 1
@@ -488,29 +481,21 @@ def test_letters_that_a_console_lacks(monkeypatch):
     assert noprop.main() == 0 and b"--train-images" in found.getvalue() and b"\\u" in found.getvalue()
 
 
-def test_a_reader_that_leaves_and_a_name_that_a_console_lacks(flags, tmp_path):
-    """The run goes on where only a print failed."""
-    folder = os.fsencode(tmp_path) + b"/\xff"
-    command = [sys.executable, SCRIPT, *flags, b"--output-dir=" + folder]
-    environment, pipe = os.environ | {"PYTHONIOENCODING": "ascii"}, subprocess.PIPE
-    run = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
+OUTPUTS = [name.format("hybrid") for name in noprop.OUTPUTS]
+
+
+def test_the_script_alone_whose_reader_leaves_with_a_name_that_a_console_lacks(tmp_path, flags):
+    """Copied beside data/, whatever matplotlib is told there; the run goes on where only a print failed."""
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    command = [sys.executable, "-P", "noprop_example.py", *flags, "--num-blocks=1", b"--output-dir=\xff"]
+    odd = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://nonsense.backend"}
+    pipe = subprocess.PIPE
+    run = subprocess.Popen(command, cwd=tmp_path, env=os.environ | odd, stdout=pipe, stderr=pipe)
     assert run.stdout.readline().startswith(b"NoProp on cpu")
     run.stdout.close()
     assert run.wait(300) == 0 and run.stderr.read() == b""
     run.stderr.close()
-    assert sorted(os.listdir(folder)) == [b".noprop_run.lock", *sorted(x.encode() for x in OUTPUTS)]
-
-
-OUTPUTS = [name.format("hybrid") for name in noprop.OUTPUTS]
-
-
-def test_the_script_runs_alone(tmp_path, flags):
-    """Copied into an empty folder beside data/, whatever matplotlib is told there."""
-    shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    command = [sys.executable, "-P", "noprop_example.py", *flags[:-1]]
-    how = dict(cwd=tmp_path, env=os.environ | {"MPLBACKEND": "module://nonsense.backend"}, timeout=300)
-    run = subprocess.run(command, capture_output=True, text=True, **how)
-    assert run.returncode == 0 and run.stderr == "" and "Test accuracy" in run.stdout
-    assert {"noprop_hybrid.json", "denoising_hybrid.png"} <= set(os.listdir(tmp_path))
+    found = sorted(os.listdir(os.fsencode(tmp_path) + b"/\xff"))
+    assert found == [b".noprop_run.lock", *sorted(x.encode() for x in OUTPUTS)]

@@ -69,10 +69,10 @@ class TwoMethods:
     eta, lam = 2.0, 1.0
 
 
-def test_a_loss_of_two_methods_trains(small_data):
+def test_a_loss_of_two_methods_trains(small_data, tiny_state):
     state = noprop.State(noprop.Config(**TINY), objective=TwoMethods())
     list(noprop.train(state, small_data, threads=1))
-    assert same(state.model.state_dict(), train_tiny(small_data).model.state_dict())
+    assert same(state.model.state_dict(), tiny_state.model.state_dict())
 
 
 class Frozen(noprop.DenoisingBlockPaper):
@@ -111,11 +111,6 @@ def test_a_block_sees_the_same_noise_level_in_training_and_in_inference(training
     noprop.train_step(training, *batch, 1e-3)
     training.model.eval()(batch[0])
     assert seen == [[level, level] for level in training.model.alpha_bar[:-1].tolist()]
-
-
-def test_the_number_of_threads_changes_no_bit(small_data):
-    one, three = (train_tiny(small_data, threads) for threads in (1, 3))
-    assert same(one.averaged.state_dict(), three.averaged.state_dict())
 
 
 def test_as_many_blocks_are_trained_at_once_as_there_are_threads():

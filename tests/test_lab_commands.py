@@ -70,7 +70,8 @@ def test_a_flag_of_the_labs_is_refused_with_its_command(line, capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_what_a_command_means(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    untrained(tmp_path).rename("F")
+    if " F" in line or "=F" in line:
+        untrained(tmp_path).rename("F")
     for name in "abc":
         (tmp_path / "data" / name).mkdir(parents=True)
     command, *arguments = line.split() + ["--data-root=data"] * ("folder" in line)
