@@ -106,10 +106,13 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     return {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
 
 
-def settings_of(options: LabOptions, flags: dict[str, Any], own: dict[str, Any] | None = None):
+def settings_of(
+    options: LabOptions, flags: dict[str, Any], own: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What flags change, over a file, over a data set's own settings, over a preset. Raises Failure.
 
-    A data set's own number of blocks goes with its block: not with another, of a preset, a file, or a flag.
+    own: in place of the data set's own settings. Its number of blocks goes with its block: not with another,
+    of a preset, a file, or a flag.
     """
     kind, file = CONFIGS[options.named_objective or "hybrid"], read_settings(options.config)
     if unknown := file.keys() - {field.name for field in fields(kind)}:
