@@ -119,13 +119,14 @@ def settings_of(
         raise Failure(f"cannot use {options.config}: {', '.join(sorted(unknown))} is no setting of this")
     if options.preset == "paper" and not hasattr(kind, "paper"):
         raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
-    dataset = options.dataset or file.get("dataset", "mnist")
+    if (dataset := options.dataset or file.get("dataset", "mnist")) not in (*SOURCES, "folder"):
+        raise Failure(f"dataset can't be {dataset!r}: it is one of {', '.join(SOURCES)}, folder")
     make = kind if options.preset == "default" else getattr(kind, options.preset)
     start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
     preset = {name: x for name, x in vars(start).items() if x != getattr(kind, name)}
     if own is None:
-        own = SOURCES[dataset].settings if dataset in SOURCES else {}
-        own = {"classes": class_folders(options.data_root)} if dataset == "folder" else own
+        folder = dataset == "folder"
+        own = {"classes": class_folders(options.data_root)} if folder else SOURCES[dataset].settings
     taken = {*preset, *kind.WITHOUT_EFFECT}
     if "block" in preset or (file | flags).get("block", own.get("block")) != own.get("block"):
         taken.add("num_blocks")

@@ -308,7 +308,7 @@ def test_what_is_refused_is_named(arguments, word, two_networks, tmp_path, monke
     (tmp_path / "ten.json").write_text('{"num_blocks": 10}')
     (tmp_path / "speed.json").write_text('{"speed": 1}')
     (tmp_path / "set.json").write_text('{"dataset": "mnist"}')
-    (tmp_path / "svhn.json").write_text('{"dataset": "svhn"}')
+    (tmp_path / "svhn.json").write_text('{"dataset": {"svhn": []}}')
     part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}
     (tmp_path / "part.json").write_text(json.dumps(part))
     before = set(tmp_path.iterdir())
