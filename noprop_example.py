@@ -1313,13 +1313,13 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
 def over_checkpoint(content, given: dict[str, Any], free) -> Config:
     """The config of a checkpoint, in which settings change what is free; Failure for one that contradicts."""
-    saved = content["config"]
+    saved, changed = content["config"], replace(content["config"], **given)
     for name, value in given.items():
         there = getattr(saved, name)
         if value != there and (name not in free or (name == "epochs" and value < there)):
             flag = f"--{name.replace('_', '-')} {value}"
             raise Failure(f"{flag} contradicts {content['path']}, which has {there}: leave it out")
-    return replace(saved, **given)
+    return changed
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, Any] | None]:
@@ -1332,7 +1332,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     try:
         file = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
         file = file.get("config", file)
-        given = {k: x for k, x in (base | file).items() if base[k] != getattr(Config, k) or k in file} | given
+        given = {k: x for k, x in (base | file).items() if getattr(Config, k) != base[k] or k in file} | given
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # the last: no setting
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]

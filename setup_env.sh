@@ -48,10 +48,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! is_new_enough "$env/bin/p
     if [ -n "$was" ]; then printf '%s\n' "$env" >"$stamp"; else rm -f "$stamp"; fi
     env -u PYTHONPATH \
         "$env/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-dev.txt" >&2 || {
-        if [ -n "$was" ]; then
+        if [ -n "$was" ] && [ "$was" != "$env" ]; then
             printf '%s\n' "$was" >"$stamp" # pip downloads first
             fail "the update failed (see above); what was there still works: . '$env/bin/activate'. The next call tries again."
         fi
+        [ -z "$was" ] || fail "the update failed (see above); the next call tries again."
         fail "the installation failed (see above); the next call tries again. Another Python: rm -rf '$env'; PYTHON=python3.13 ./setup_env.sh"
     }
     printf '%s\n' "$wanted" >"$stamp" || fail "cannot write $stamp"

@@ -125,8 +125,9 @@ def settings_of(
     start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
     preset = {name: x for name, x in vars(start).items() if x != getattr(kind, name)}
     if own is None:
-        folder = dataset == "folder"
-        own = {"classes": class_folders(options.data_root)} if folder else SOURCES[dataset].settings
+        own = {} if dataset == "folder" else SOURCES[dataset].settings
+        if dataset == "folder" and "classes" not in file | flags:
+            own = {"classes": class_folders(options.data_root)}
     taken = {*preset, *kind.WITHOUT_EFFECT}
     if "block" in preset or (file | flags).get("block", own.get("block")) != own.get("block"):
         taken.add("num_blocks")
@@ -144,6 +145,8 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
     free = saved.FREE if options.evaluate or options.predict else ("epochs",)
     dataset = options.dataset or read_settings(options.config).get("dataset", saved.dataset)
+    if isinstance(saved, WholeConfig):  # a file's number says nothing of a network that is there
+        given = {"step_threads": saved.step_threads} | given
     # what a data set brings was free to be another
     given = settings_of(replace(options, objective=kind, dataset=dataset), given, own={})
     whole = isinstance(saved, WholeConfig)  # whose last bits depend on --threads
@@ -225,7 +228,8 @@ def evaluate(
     test = load_data(few, options.data_root, device).test
     if options.early_exit == 1:
         return noprop.print_accuracy(model, test, pool)
-    probability, blocks = early_exit(model, test.images, options.early_exit)
+    parts = pool(lambda images: early_exit(model, images, options.early_exit), test.images.split(500))
+    probability, blocks = map(torch.cat, zip(*parts, strict=True))
     accuracy = 100 * (probability.argmax(-1) == test.labels).float().mean().item()
     say(f"Early exit: {blocks.float().mean():.2f} of {len(model.blocks)} blocks an image.")
     say(f"Test accuracy {accuracy:.2f} ± {noprop.standard_error(accuracy, len(test.labels)):.2f} %.")
@@ -364,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
 def console() -> int:
     """main() at a terminal."""
     code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if parallel.local_rank() is not None:
         # a thread of gloo that still holds a tensor while Python ends would abort it: pytorch/pytorch#179291
         os._exit(code)
     return code

@@ -213,7 +213,7 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
     skipped = []
     for place in dict.fromkeys(x for x in (root, train, test) if x):
         used = [train, test] if place == root != train else subfolders(train).values()
-        used = {x.name for x in used if x}  # classes not asked for are left out, and said elsewhere
+        used = {x.name for x in used if x}  # classes not asked for are no mistake
         skipped += [x for x in sorted(place.iterdir()) if x.name not in used]
 
     def for_testing(path: Path) -> bool:

@@ -8,7 +8,6 @@ from base64 import b64decode, b64encode
 from html import escape
 
 import torch
-from packaging.version import Version
 from PIL import Image
 
 from noprop_example import Failure, NoProp, generator, reverse_steps, say
@@ -83,7 +82,7 @@ def show(ask, port: int) -> None:
     try:
         import gradio as gr
 
-        if Version(gr.__version__) < Version("6.20"):
+        if tuple(map(int, gr.__version__.split(".")[:2])) < (6, 20):
             raise ImportError(f"{gr.__version__} is here")
     except ImportError as error:
         raise Failure(f"the demo takes gradio: pip install 'gradio>=6.20,<7' ({error})", 1) from error

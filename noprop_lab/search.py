@@ -100,13 +100,14 @@ def database_failures(where: str, code: int) -> Iterator[None]:
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     """The script's search space, without the settings that an objective does not know, or that do nothing."""
     learns = config.learns_embedding and (config.objective != "backprop" or config.target == "classes")
-    idle = {*config.WITHOUT_EFFECT} | (set() if learns else {"embed_wd", "max_norm_embed"})
 
     @wraps(noprop.suggest)  # so that a study of the script's has the same name
     def suggest(trial) -> dict[str, Any]:
         found = noprop.suggest(trial)
         if read := found.keys() & READ:
             raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
+        learned = learns or found.keys() & {"embedding", "target"}  # then it differs by trial
+        idle = {*config.WITHOUT_EFFECT} | (set() if learned else {"embed_wd", "max_norm_embed"})
         return {name: value for name, value in found.items() if name not in idle}
 
     return suggest
@@ -263,7 +264,7 @@ def search(
     except Failure as failure:
         if not isinstance(failure.__cause__, Timeout):
             raise
-        say("Another process trains in this folder already, with the best settings that it found.")
+        say("Another process trains in this folder already: this one leaves the final run to it.")
         return worker.failed
 
 

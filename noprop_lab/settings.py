@@ -176,7 +176,7 @@ class LabOptions(Options):
     # Search
     hpo_storage: str | None = None  # a database URL for several machines; None: noprop_hpo.db
     hpo_timeout: float | None = None  # seconds after which no new trial starts
-    hpo_objective: Literal["loss", "error"] = "loss"  # of validation images: the cross-entropy ranks better
+    hpo_objective: Literal["loss", "error"] = "loss"  # on validation images: which trial is the best
     hpo_final_run: bool = True  # train with the best trial's settings afterwards
 
     @property

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -69,7 +69,8 @@ def interrupts() -> None:
 def unflushed(connection, _) -> None:
     """No test cuts the power: SQLite need not wait for the disk."""
     if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous = OFF")
+        with suppress(sqlite3.Error):  # of what is no database: the code is to find that
+            connection.execute("PRAGMA synchronous = OFF")
 
 
 def undrawn(draw: Callable, path: Path, *arguments) -> int:
@@ -166,7 +167,7 @@ def enter(main: Callable, arguments: list[str], output: Path) -> None:
     sys.exit(main(arguments))
 
 
-def start(output: Path, arguments: list[str], main: Callable = noprop.main) -> multiprocessing.Process:
+def start(output: Path, arguments: list[str], main: Callable) -> multiprocessing.Process:
     """A command in a process of its own, that prints into a file; without Python's start and its imports."""
     process = FORKS.Process(target=enter, args=(main, arguments, output), daemon=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -180,8 +181,10 @@ def small_disk(size: int) -> Iterator[None]:
     """A limit on the bytes of a file stands for a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_until(holds: Callable[[], bool], process: multiprocessing.Process | subprocess.Popen) -> None:

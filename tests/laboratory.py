@@ -36,8 +36,10 @@ def quick_lab() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab, "load_data", few_images)
         patch.setattr(noprop, "load_data", partial(few_images, load=noprop.load_data))
-        yield
-    torch.set_num_threads(before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def quick_main(arguments: list[str]) -> int:

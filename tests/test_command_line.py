@@ -179,6 +179,8 @@ def test_what_a_file_names_is_not_ignored_though_it_is_a_default(capsys, tmp_pat
     assert noprop.read_command_line(resume)[0] == replace(config, epochs=12)
     path.write_text('{"num_blocks": 10}')
     fails(capsys, 2, resume, "--num-blocks 10 contradicts", "which has 3")
+    path.write_text('{"epochs": "x"}')
+    fails(capsys, 2, resume, "epochs can't be 'x'")
 
 
 def test_run_hpo_decides_only_what_a_bare_call_does(trained, tmp_path, monkeypatch, capsys):

@@ -412,6 +412,8 @@ def test_splits_of_one_class_are_no_classes(tmp_path):
         blue_and_red(tmp_path / name, ("blue",))
     with pytest.raises(noprop.Failure, match="for each class, two at least"):
         lab_data.class_folders(tmp_path)
+    flags = ["--dataset=folder", f"--data-root={tmp_path}", "--classes", "train", "test"]
+    assert lab.read_command_line("train", flags)[0].classes == ("train", "test")  # but where they are named
 
 
 def test_a_folder_that_is_not_there_or_can_not_be_read_is_a_line(tmp_path, capsys, monkeypatch):

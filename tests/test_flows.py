@@ -412,8 +412,13 @@ def test_the_results_are_those_of_the_selected_weights(kind, small_data, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.draws
-@pytest.mark.parametrize("kind", [pytest.param(CTConfig, marks=pytest.mark.draws("saved")), FMConfig])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(CTConfig, marks=pytest.mark.draws("saved")),
+        pytest.param(FMConfig, marks=pytest.mark.draws),
+    ],
+)
 def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, capsys):
     from PIL import Image
 
@@ -423,6 +428,8 @@ def test_a_run_writes_its_files_and_other_commands_read_them(kind, tmp_path, cap
     printed = capsys.readouterr().out
     assert "3 steps of inference" in printed and ("Schedule         γ" in printed) == (name == "ct")
     assert {x.name for x in tmp_path.glob("[!.]*")} == {x.format(name) for x in noprop.OUTPUTS}
+    if name == "ct":
+        assert Image.open(tmp_path / "training_progress_ct.png").width >= 1000
     summary = json.loads((tmp_path / f"noprop_{name}.json").read_text())
     by_steps, path = summary["test_accuracy_by_steps"], str(tmp_path / f"noprop_{name}.pt")
     assert list(by_steps) == ["1", "2", "3", "5", "10", "20", "50", "100"]

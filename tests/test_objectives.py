@@ -301,6 +301,9 @@ def test_the_twin_keeps_the_number_of_its_threads(tmp_path, capsys):
     content = contents(path)
     assert (content["config"]["step_threads"], content["training"]["step"]) == (2, 12)
     assert lab.main(["evaluate", str(path), "--threads=1"]) == 0
+    (file := tmp_path / "a.json").write_text('{"step_threads": 3}')  # which says nothing of this network
+    for command in (resume, ["evaluate", str(path)]):
+        assert lab.main([*command, f"--config={file}", "--threads=2"]) == 0
 
 
 # --- Cascade -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def tiny_flags(folder) -> list[str]:
         *(f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()),
         f"--output-dir={folder}",
     ]
+
+
+def slow_main(arguments: list[str]) -> int:
+    """quick_main(), which waits after each write, so that a kill comes in its midst."""
+    write = noprop.write_file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noprop, "write_file", lambda *x: (write(*x), time.sleep(0.1)))
+        return quick_main(arguments)
 
 
 def stopping_after(step: int, number: int):
@@ -104,7 +113,7 @@ def test_resuming_on_another_machine_says_so(what, capsys):
 
 def test_kill_9_loses_nothing(undisturbed, tmp_path):
     command = [*tiny_flags(tmp_path), "--epochs=3", "--checkpoint-minutes=1e-9"]
-    process = start(tmp_path / "output", command, quick_main)
+    process = start(tmp_path / "output", command, slow_main)
     wait_until((tmp_path / "noprop_hybrid.pt").exists, process)
     process.kill()
     process.join()

@@ -35,14 +35,10 @@ def quick(monkeypatch, small_data):
     monkeypatch.setattr(noprop, "load_data", few)
 
 
-def studies(folder: Path) -> list:
-    return optuna.get_all_study_names(f"sqlite:///{folder / 'noprop_hpo.db'}")
-
-
 def trials(folder: Path) -> list:
     """All trials in the order of their numbers."""
-    [name] = studies(folder)
-    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'noprop_hpo.db'}").trials
+    [name] = optuna.get_all_study_names(url := f"sqlite:///{folder / 'noprop_hpo.db'}")
+    return optuna.load_study(study_name=name, storage=url).trials
 
 
 def outcome(found: list) -> list:
