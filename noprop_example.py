@@ -1313,7 +1313,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
 def over_checkpoint(content, given: dict[str, Any], free) -> Config:
     """The config of a checkpoint, in which settings change what is free; Failure for one that contradicts."""
-    saved, changed = content["config"], replace(content["config"], **given)
+    saved, changed = content["config"], replace(content["config"], **given)  # values are checked
     for name, value in given.items():
         there = getattr(saved, name)
         if value != there and (name not in free or (name == "epochs" and value < there)):

@@ -106,28 +106,27 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     return {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
 
 
-def settings_of(
-    options: LabOptions, flags: dict[str, Any], own: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | None = None) -> dict[str, Any]:
     """What flags change, over a file, over a data set's own settings, over a preset. Raises Failure.
 
-    own: in place of the data set's own settings. Its number of blocks goes with its block: not with another,
-    of a preset, a file, or a flag.
+    saved: of a checkpoint, which has all that a data set brings, or another choice. A data set's own number
+    of blocks goes with its block: not with another, of a preset, a file, or a flag.
     """
-    kind, file = CONFIGS[options.named_objective or "hybrid"], read_settings(options.config)
+    kind = type(saved) if saved else CONFIGS[options.named_objective or "hybrid"]
+    file = read_settings(options.config)
     if unknown := file.keys() - {field.name for field in fields(kind)}:
         raise Failure(f"cannot use {options.config}: {', '.join(sorted(unknown))} is no setting of this")
     if options.preset == "paper" and not hasattr(kind, "paper"):
         raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
-    if (dataset := options.dataset or file.get("dataset", "mnist")) not in (*SOURCES, "folder"):
+    dataset = options.dataset or file.get("dataset", (saved or kind).dataset)
+    if dataset not in (*SOURCES, "folder"):
         raise Failure(f"dataset can't be {dataset!r}: it is one of {', '.join(SOURCES)}, folder")
     make = kind if options.preset == "default" else getattr(kind, options.preset)
     start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
     preset = {name: x for name, x in vars(start).items() if x != getattr(kind, name)}
-    if own is None:
-        own = {} if dataset == "folder" else SOURCES[dataset].settings
-        if dataset == "folder" and "classes" not in file | flags:
-            own = {"classes": class_folders(options.data_root)}
+    own = {} if saved or dataset == "folder" else SOURCES[dataset].settings
+    if dataset == "folder" and not saved and "classes" not in file | flags:
+        own = {"classes": class_folders(options.data_root)}
     taken = {*preset, *kind.WITHOUT_EFFECT}
     if "block" in preset or (file | flags).get("block", own.get("block")) != own.get("block"):
         taken.add("num_blocks")
@@ -144,15 +143,12 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
     free = saved.FREE if options.evaluate or options.predict else ("epochs",)
-    dataset = options.dataset or read_settings(options.config).get("dataset", saved.dataset)
-    if isinstance(saved, WholeConfig):  # a file's number says nothing of a network that is there
-        given = {"step_threads": saved.step_threads} | given
-    # what a data set brings was free to be another
-    given = settings_of(replace(options, objective=kind, dataset=dataset), given, own={})
-    whole = isinstance(saved, WholeConfig)  # whose last bits depend on --threads
-    if options.resume and "--threads" in flags and whole and options.threads != saved.step_threads:
-        there = f"which was trained with {saved.step_threads}: leave it out"
-        raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
+    if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
+        if options.resume and "--threads" in flags and options.threads != saved.step_threads:
+            there = f"which was trained with {saved.step_threads}: leave it out"
+            raise Failure(f"--threads {options.threads} contradicts {path}, {there}")
+        given = {"step_threads": saved.step_threads} | given  # a file's number says nothing of this network
+    given = settings_of(options, given, saved)
     config = noprop.over_checkpoint(content, given, free)
     if options.resume and saved.dataset == "folder" and "classes" not in given:
         there, here = (" ".join(x) for x in (saved.classes, class_folders(options.data_root)))
