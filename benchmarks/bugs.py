@@ -396,7 +396,7 @@ FILES_AND_SEARCH = [
         "data = load_data(config, options.data_root, device)._replace(test=None)",
         "data = load_data(config, options.data_root, device); data = data._replace(val=data.test, test=None)",
     ),
-    ("the search never prunes", "worse = trial.should_prune()", "pass"),
+    ("the search never prunes", "(going_on and trial.should_prune())", "False"),
     ("the search trains with the worst trial", "best = min(complete, key", "best = max(complete, key"),
     (
         "the search does not begin with the settings given",
@@ -515,12 +515,8 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/parts.py", 'content["training"]["step"] != contents[0]["training"]["step"]', "False"),
     (SCRIPT, "_replace(test=None)  # augment may be searched too", "_replace(test=None, augment=augment)"),
     (SCRIPT, "(fixed, judged_by, source_of(suggest))", "(fixed, judged_by)"),
-    (
-        SCRIPT,
-        "classes_in(z, model.label_embedding.weight, level)",
-        "classes_in(z, model.label_embedding.weight, model.alpha_bar[0].item())",
-    ),
-    (SCRIPT, "model.start(image, 1.0, noise), []", "model.start(image, 0.0, noise), []"),
+    (SCRIPT, "classes_in(z, W, level)", "classes_in(z, W, model.alpha_bar[0].item())"),
+    (SCRIPT, "model.start(image, 1.0, noise), model", "model.start(image, 0.0, noise), model"),
     (SCRIPT, ', "torch": str(torch.__version__)}', "}"),
     (SCRIPT, 'if content["made_with"] != made_with(self.device):', "if True:"),
     (SCRIPT, "model = build(config, device, content)", 'model = build(content["config"], device, content)'),
@@ -642,6 +638,13 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     ),
     (f"{LAB}/__main__.py", "with noprop.workers(device, options.threads) as pool:", "if pool := map:"),
     (f"{LAB}/parallel.py", "if self.gathered == self.step:", "if self.gathered >= 0:"),
+    (f"{LAB}/parallel.py", "x.cpu().clone()", "x.cpu()"),
+    (f"{LAB}/search.py", "if name in idle else ask", "if False else ask"),
+    (f"{LAB}/search.py", "self.step_of(config), self", "self.step_of(self.config), self"),
+    (f"{LAB}/__main__.py", "not options.named_objective and found", "not options.objective and found"),
+    (SCRIPT, 'if "mps" in (kinds', 'if "mpx" in (kinds'),
+    (SCRIPT, '("grad_clip", "max_norm_embed"):', '("max_norm_embed",):'),
+    (SCRIPT, "torch.cdist(u_hat, W)", "torch.cdist(z, W)"),
 ]
 
 PARALLEL = [

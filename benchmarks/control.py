@@ -33,7 +33,7 @@ from benchmarks.intervals import (
     temperature,
     verdict,
 )
-from benchmarks.seeds import DOCS, write
+from benchmarks.seeds import DOCS, keep_answers, write
 from benchmarks.seeds import mean as mean_and_error
 from noprop_lab import backprop, networks
 from noprop_lab.__main__ import kind_and_step
@@ -205,6 +205,12 @@ def answers_of(dataset: str, replicate: int) -> Path:
     return RESULTS / f"control-{dataset}-{replicate}.npz"
 
 
+def replicates_of(name: str) -> list[Path]:
+    """The files with answers that there are, by number of the replicate."""
+    found = (x for x in RESULTS.glob(f"{name}-*.npz") if x.stem.removeprefix(f"{name}-").isdigit())
+    return sorted(found, key=lambda x: int(x.stem.split("-")[-1]))
+
+
 def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data) -> None:
     """Answer the test images, once, and keep what is needed for accuracy, loss and calibration.
 
@@ -218,7 +224,7 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
         found = [(x / degree).log_softmax(-1) for x, degree in zip(found, degrees, strict=True)]
         found = np.stack([packed(x, data.test.labels) for x in found])
         tempered.append([right_and_loss(found)[1].mean(), np.mean([calibration_error(x) for x in found])])
-    np.savez_compressed(answers_of(dataset, replicate), **rows, tempered=np.array(tempered))
+    keep_answers(answers_of(dataset, replicate), **rows, tempered=np.array(tempered))
 
 
 # --- Report ------------------------------------------------------------------------------------------------
@@ -309,7 +315,7 @@ def report() -> int:
     """Print the tables, put them into docs/evidence.md, and draw the picture."""
     tables, parts = {}, []
     for dataset, name in DATASETS.items():
-        if files := [np.load(path) for path in sorted(RESULTS.glob(f"control-{dataset}-[0-9].npz"))]:
+        if files := [np.load(path) for path in replicates_of(f"control-{dataset}")]:
             rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
             tempered = rows.pop("tempered")
             parts += [f"**{name}**, replicates: {len(files)}", table(rows, tempered), tried(dataset)]

@@ -64,7 +64,6 @@ HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     "NoProp, hybrid loss: the default": [],
     "NoProp-DT, learned embedding, learning rate 0.003": [*LAST, "--lr=0.003"],
     "NoProp-DT, one-hot": [*LAST, "--embedding=onehot"],
-    "NoProp-DT, prototypes": [*LAST, "--embedding=prototype"],
     "the same chain by backpropagation": ["--objective=backprop"],
     "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],
     "plain CNN of one block's size, six times as long": [
@@ -152,7 +151,7 @@ FASHION = {  # name: flags, beside Fashion-MNIST's own settings
     "the same chain by backpropagation": ["--objective=backprop"],
     "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],
 }
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 # --- Tables ------------------------------------------------------------------------------------------------
@@ -233,13 +232,16 @@ def accuracy(split: noprop.Split, answer: Callable[[Tensor, Tensor], Tensor]) ->
         return 100 * sum(parallel(right, batches)) / len(split.labels)
 
 
-def answer_of(model: noprop.NoProp, blocks, steps, images: Tensor, z: Tensor, *sampling) -> Tensor:
-    """Class logits (B, classes) after these blocks, in this order, at these steps, from z_0 = z."""
+def answer_of(model: noprop.NoProp, blocks, steps, images: Tensor, z: Tensor, *sampling, mean=False):
+    """Class logits (B, classes) after these blocks, in this order, at these steps, from z_0 = z.
+
+    mean: of z_t/√ᾱ_t, with equal weights the mean of û_1 ... û_t, in place of the last û.
+    """
     model = copy.deepcopy(model)
     model.blocks, model.steps = nn.ModuleList(blocks), list(steps)
     for t in range(1, len(model.blocks) + 1):
         u_hat, z = model.step(t, images, z, *sampling)
-    return model.classify(u_hat, z)
+    return model.classify(z / model.alpha_bar[len(blocks)].item() ** 0.5 if mean else u_hat, z)
 
 
 def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
@@ -252,8 +254,8 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         noise = noprop.generator("evidence", len(images))
         return scale * torch.randn(len(images), D, generator=noise)
 
-    def chain(use, images: Tensor, z: Tensor | None = None, steps=steps) -> Tensor:
-        return answer_of(model, use, steps, images, start(images) if z is None else z)
+    def chain(use, images: Tensor, z: Tensor | None = None, steps=steps, mean=False) -> Tensor:
+        return answer_of(model, use, steps, images, start(images) if z is None else z, mean=mean)
 
     def alone(t: int, images: Tensor, z: Tensor) -> Tensor:
         return chain([blocks[t - 1]], images, z, steps[t - 1 : t])
@@ -274,6 +276,18 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         if t < T
     }
     found |= {
+        f"classifier reads the mean of û_1 ... û_{t}, which is z_{t}/√ᾱ_{t}": lambda x, y, t=t: chain(
+            blocks[:t], x, steps=steps[:t], mean=True
+        )
+        for t in sorted({2, 5, T})
+        if t <= T
+    }
+    shuffled = [blocks[t] for t in order]
+    found |= {
+        "the same, blocks in reverse order": lambda x, y: chain(blocks[::-1], x, mean=True),
+        f"the same, in the order {' '.join(str(t + 1) for t in order)}": lambda x, y: chain(
+            shuffled, x, mean=True
+        ),
         "mean of the blocks' probabilities, each from z = 0, no chain": lambda x, y: sum(
             alone(t, x, start(x)).softmax(-1) for t in range(1, T + 1)
         ),
@@ -284,11 +298,6 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
         for t in (1, (T + 1) // 2, T)
     }
     found |= {
-        "blocks in reverse order": lambda x, y: chain(blocks[::-1], x),
-        f"blocks in the order {' '.join(str(t + 1) for t in order)}": lambda x, y: chain(
-            [blocks[t] for t in order], x
-        ),
-        "block 1 in all places": lambda x, y: chain([blocks[0]] * T, x),
         f"block {T} in all places": lambda x, y: chain([blocks[-1]] * T, x),
         f"the last block after {rest} untrained ones": lambda x, y: chain([*fresh[:-1], blocks[-1]], x),
         "the same with DDPM's weights": lambda x, y: chain([*fresh[:-1], blocks[-1]], x, steps=ddpm),
@@ -392,7 +401,10 @@ def ablation(seeds: range) -> Rows:
 
 
 def mib_and_seconds(config: LabConfig, cores: int) -> tuple[float, float]:
-    """What a training keeps for the backward pass, and takes: the time of a step times the steps."""
+    """What a training keeps for the backward pass, and takes: the time of a step times the steps.
+
+    Of the step alone: augmentation, the same for all rows, is not in it.
+    """
     state, batch = LabState(config), random_batch(config.batch_size)
     with noprop.workers(noprop.CPU, cores) as parallel:
         step = partial(lab.step_of(config), state, *batch, 1e-3, parallel)
@@ -617,6 +629,10 @@ def main() -> int:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed
     found = kept(name)
+    columns = [column for row in found.get("rows", {}).values() for column in row.items()]
+    fewer = name not in ("headline", "cheaper") and any(len(x) > arguments.seeds for _, x in columns)
+    if fewer or (name == "paper" and any("Fashion" in x for x, _ in columns) and not arguments.fashion_mnist):
+        parser.error(f"{results_file(name)} holds more than that: ask for as much, or move it away")
     if arguments.times:
         timed(found["rows"])
     else:

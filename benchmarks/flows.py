@@ -15,6 +15,7 @@ import copy
 import json
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,7 +24,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.seeds import data_root, folder_of, mean, network_of, run, shown
+from noprop_lab import __main__ as lab
 from noprop_lab.data import load_data
+
+# With the encoder by cross-entropy a flow shares these; and of the recipe what its flags change.
+SHARED = ("epochs", "patience", "block", "batch_size")
+RECIPE = ("lr", "schedule", "eta_min", "weight_decay", "grad_clip", "ema_decay", "augment", "train_images")
 
 
 class Blind(nn.Module):
@@ -64,17 +70,32 @@ def controls(model, split: noprop.Split) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("objective", choices=["ct", "fm"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--threads", type=int)
     arguments, flags = parser.parse_known_args()
+    named = [x for x in flags if not x.startswith("--dataset=")]
+    where = {"--data-root": arguments.data_root, "--threads": arguments.threads}
+    machine = [f"{flag}={value}" for flag, value in where.items() if value]
+    flags += machine
     seeds, name = range(arguments.seeds), f"NoProp-{arguments.objective.upper()}"
     flow = [f"--objective={arguments.objective}", *flags]
     results = run({name: flow}, seeds)[name]
     config = network_of(folder_of(flow, 0)).config
-    shared = [f"--{x}={getattr(config, x)}" for x in ("epochs", "patience", "block", "batch_size", "dataset")]
-    plain = ["--objective=backprop", "--num-blocks=1", *(x.replace("_s", "-s") for x in shared)]
-    plain += [x for x in flags if x.startswith(("--data-root", "--threads"))]
+    default = lab.read_command_line("train", [flow[0], f"--dataset={config.dataset}"])[0]
+    plain = ["--objective=backprop", "--num-blocks=1"]
+    for x in fields(noprop.Config):
+        value = getattr(config, x.name)
+        if x.name in SHARED or (
+            x.name in (*RECIPE, "precision", "select") and value != getattr(default, x.name)
+        ):
+            flag = x.name.replace("_", "-")
+            plain.append(
+                f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}"
+            )
+    plain += [f"--dataset={config.dataset}", *machine]
     twins = run({"plain": plain}, seeds)["plain"]
     test = load_data(config, data_root(flags)).test
     found = [controls(network_of(folder_of(flow, seed)), test) for seed in seeds]
@@ -96,7 +117,8 @@ def main() -> int:
     kept |= {"config": results[0]["config"], "rows": rows}
     kept |= {"schedule": [x["schedule"] for x in results]} if "schedule" in results[0] else {}
     kept |= {"val_accuracy_by_epoch": [[y["val_accuracy"] for y in x["history"]] for x in results]}
-    path = Path(__file__).parent / "results" / f"flows-{config.objective}-{config.dataset}.json"
+    name = "-".join(["flows", config.objective, config.dataset, *(x.strip("-") for x in named)])
+    path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 

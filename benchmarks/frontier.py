@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import intervals, speed
 from benchmarks.control import averaged, fit, log_p_of
-from benchmarks.seeds import DOCS, mean, write
+from benchmarks.seeds import DOCS, keep_answers, mean, write
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.settings import LabConfig
 
@@ -127,9 +127,8 @@ def train(device: torch.device) -> None:
         rows[name] = row | noprop.made_with(device)
         left = (time.perf_counter() - started) / sum(work[:done]) * sum(work[done:]) / 60
         noprop.say(f"{name}: {row['alone']['accuracy']:.2f} %; {done}/{len(jobs)}, about {left:.0f} min left")
-        if done % 10 == 0 or done == len(jobs):
-            np.savez_compressed(ANSWERS, **right)
-            keep(ROWS, rows)
+        keep_answers(ANSWERS, **right)
+        keep(ROWS, rows)
 
 
 def final(device: torch.device, seeds: int = 5) -> None:

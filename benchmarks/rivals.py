@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
 from benchmarks.intervals import packed
+from benchmarks.seeds import keep_answers
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.settings import LabConfig
 
@@ -70,14 +71,14 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
         rows[name] = packed(log_p[:, -1], data.test.labels)[None]
         if kind is every:
             rows[MEAN] = packed(control.averaged(log_p), data.test.labels)[None]
-    np.savez_compressed(path, **rows)
+    keep_answers(path, **rows)
 
 
 def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     parts = []
     for dataset, title in control.DATASETS.items():
-        paths = sorted(control.RESULTS.glob(f"rivals-{dataset}-[0-9].npz"))
+        paths = control.replicates_of(f"rivals-{dataset}")
         if paths:
             both = [(np.load(x), np.load(x.with_name(x.name.replace("rivals", "control")))) for x in paths]
             files = set.intersection(*(set(own.files) for own, _ in both))

@@ -43,7 +43,7 @@ def remembered(name: str, compute: Callable[[], list[dict]]) -> list[dict]:
     path = FOLDER / f"{name}.json"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(compute()))
+        noprop.write_file(path, json.dumps(compute()).encode())
     return json.loads(path.read_text())
 
 

@@ -11,6 +11,7 @@ table, and keeps the values of every seed in benchmarks/results/.
 
 import argparse
 import copy
+import io
 import json
 import os
 import re
@@ -21,6 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
@@ -106,9 +109,15 @@ def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[
     """
     jobs = [(name, flags, seed) for seed in seeds for name, flags in settings.items()]
     missing = [job for job in jobs if not summary_of(folder_of(*job[1:]))]
-    for name, flags, seed in (job for job in jobs if job not in missing):
-        if other := stale(summary_of(folder := folder_of(flags, seed)), flags, seed):
-            raise SystemExit(f"error: {folder} ({name}) was trained with another {other}: move it away")
+
+    def check() -> None:
+        """End where a finished run has other settings than its flags mean now."""
+        for name, flags, seed in jobs:
+            summary = summary_of(folder := folder_of(flags, seed))
+            if summary and (other := stale(summary, flags, seed)):
+                raise SystemExit(f"error: {folder} ({name}) was trained with another {other}: move it away")
+
+    check()
     print(f"{len(jobs)} runs; {len(missing)} of them are missing.", file=sys.stderr)
     started = time.perf_counter()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -133,7 +142,14 @@ def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those that wait would still be made
             raise
+    check()  # those that were resumed have the settings that they began with
     return {name: [summary_of(folder_of(flags, seed)) for seed in seeds] for name, flags in settings.items()}
+
+
+def keep_answers(path: Path, **answers: np.ndarray) -> None:
+    """Write arrays of answers, whole or not at all: test images are asked once."""
+    np.savez_compressed(file := io.BytesIO(), **answers)
+    noprop.write_file(path, file.getvalue())
 
 
 def write(mark: str, content: str, name: str = "evidence.md") -> None:
@@ -160,7 +176,7 @@ def inferred(model: noprop.NoProp, temperature: float, split: noprop.Split) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     arguments, flags = parser.parse_known_args()
@@ -199,8 +215,8 @@ def main() -> int:
         "rows": rows,
     }
     path = Path(__file__).parent / "results" / f"seeds-{folder_of(named, 0).parent.name}.json"
-    if path.exists() and len(json.loads(path.read_text("utf-8"))["seeds"]) > len(seeds):  # it is cited
-        path = path.with_name(f"{path.stem}-of-{len(seeds)}.json")
+    if path.exists() and not {*json.loads(path.read_text("utf-8"))["seeds"]} <= {*seeds}:  # it is cited
+        path = path.with_name(f"{path.stem}-of-{seeds[0]}-to-{seeds[-1]}.json")
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 

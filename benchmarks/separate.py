@@ -36,9 +36,11 @@ from benchmarks.control import (
     log_p_of,
     needs_control,
     publish,
+    replicates_of,
     short_table,
 )
 from benchmarks.intervals import packed
+from benchmarks.seeds import keep_answers
 from noprop_lab import networks
 from noprop_lab.dt import LabHybrid
 from noprop_lab.settings import LabConfig
@@ -125,7 +127,7 @@ def evaluate(dataset: str, replicate: int, data: noprop.Data, threads: int) -> N
         rows |= {"chain of ten": log_p[:, -1]} if noise else {}
         of_arm = {x: packed(found, data.test.labels)[None] for x, found in rows.items()}
         kept |= {f"NoProp's blocks, {name}: {x}": found for x, found in of_arm.items()}
-        np.savez_compressed(path, **kept)
+        keep_answers(path, **kept)
 
 
 def table(rows: dict[str, np.ndarray]) -> str:
@@ -142,7 +144,7 @@ def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     parts = []
     for dataset, title in DATASETS.items():
-        paths = sorted(RESULTS.glob(f"separate-{dataset}-[0-9].npz"))
+        paths = replicates_of(f"separate-{dataset}")
         files = [(np.load(x), np.load(RESULTS / x.name.replace("separate", "control"))) for x in paths]
         if files:
             shared = set.intersection(*(set(own.files) for own, _ in files))

@@ -88,7 +88,7 @@ def checkpoint_of(options: LabOptions) -> Path:
     if options.evaluate or options.predict:
         return options.evaluate or options.predict[0]
     found = [x for x in map(options.checkpoint, CONFIGS.values()) if os.path.exists(x)]
-    if options.resume and not options.objective and found:
+    if options.resume and not options.named_objective and found:
         if len(found) > 1:
             names = ", ".join(x.stem.removeprefix("noprop_") for x in found)
             raise Failure(f"{options.output_dir} has several runs: add --objective, one of {names}")
@@ -251,17 +251,20 @@ def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
         raise Failure(
             "a search judges whole networks by validation images: it takes no all_images, no blocks"
         )
-    kind, step = kind_and_step(config, options.graphs, device)
+    kind, _ = kind_and_step(config, options.graphs, device)
     data = load_data(config, options.data_root, device)
 
     def new_state(config: LabConfig) -> LabState:
         return kind(config, device, data)
 
+    def own_step(config: LabConfig) -> Callable:
+        return kind_and_step(config, options.graphs, device)[1]
+
     def run(config: LabConfig, content: dict[str, Any] | None) -> int:
         own = with_augmentation(data, config)
-        return noprop.run(new_state(config), own, options, content, step, end=end_of(config))
+        return noprop.run(new_state(config), own, options, content, own_step(config), end=end_of(config))
 
-    return hpo.search(config, options, data, new_state, run, step)
+    return hpo.search(config, options, data, new_state, run, own_step)
 
 
 def merge(arguments: list[str]) -> int:

@@ -35,9 +35,9 @@ class BackpropConfig(WholeConfig):
     FREE = ("temperature",)
 
     def faults(self):
-        yield from super().faults()
         other = self.weights != "learned" and (self.temperature or self.classify == "z")
         yield other, "without --weights learned, backprop takes no temperature, and no classify z"
+        yield from super().faults()
 
     @classmethod
     def paper(cls, dataset: str = "mnist", **changes) -> BackpropConfig:
@@ -76,7 +76,7 @@ def draw_answers(model: NoProp, test: Split):
         return model(image, model.config.temperature, generator("denoising")).softmax(-1)
 
     figure = draw_denoising(Answers(model, after_each), test)
-    figure.suptitle("Class probabilities, chain cut after block t; below, hard ones")
+    figure.suptitle("Class probabilities, chain cut after block t; dots: the answer; hard ones below")
     return figure
 
 

@@ -43,7 +43,7 @@ class CascadeConfig(LabConfig):
     embedding: Literal["learned", "fixed", "onehot", "prototype"] = "onehot"  # as it must be: there is none
 
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global", "target", "classify", "weights")
-    WITHOUT_EFFECT += ("embedding", "embed_scale", "embed_wd", "max_norm_embed")
+    WITHOUT_EFFECT += ("temperature", "embedding", "embed_scale", "embed_wd", "max_norm_embed")
     together = "blocks of a cascade learn from those before them"
     views = property(lambda self: self.num_blocks if self.own_views else 1)
 
@@ -151,8 +151,9 @@ class Answers:
     def start(self, image: Tensor, temperature: float, noise: torch.Generator) -> Tensor:
         return image.new_zeros(len(image), self.label_embedding.embedding_dim)
 
-    def step(self, t: int, image: Tensor, z: Tensor, temperature: float, noise) -> tuple[None, Tensor]:
-        return None, self.probabilities_of(image)[:, t - 1].clamp_min(1e-38).log() / 2**0.5
+    def step(self, t: int, image: Tensor, z: Tensor, temperature: float, noise) -> tuple[Tensor, Tensor]:
+        z = self.probabilities_of(image)[:, t - 1].clamp_min(1e-38).log() / 2**0.5
+        return z, z
 
 
 def mean_answers(model: Cascade, image: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def mean_answers(model: Cascade, image: Tensor) -> Tensor:
 def draw_answers(model: Cascade, test: Split):
     """The script's picture of a dozen test images: the mean answer of the blocks up to t."""
     figure = draw_denoising(Answers(model, partial(mean_answers, model)), test)
-    figure.suptitle("Class probabilities, mean of the blocks up to t; below, hard ones")
+    figure.suptitle("Class probabilities, mean of the blocks up to t; dots: the answer; hard ones below")
     return figure
 
 

@@ -75,12 +75,17 @@ def collective(call: Callable, *arguments) -> None:
             raise Failure(f"the processes could not talk: {reason}", 1) from error
 
 
+def sendable(content: Any) -> Any:
+    """Tensors on the CPU with memory of their own: of a view of a part's vector all of that would be sent."""
+    return tree_map_only(Tensor, lambda x: x.cpu().clone(), content)
+
+
 def on_first(function: Callable, *arguments) -> Any:
     """What function returns in the first process, in all of them; where it fails, all of them fail."""
     outcome: list[Any] = [None, None]
     if rank_and_size()[0] == 0:
         try:
-            outcome[0] = function(*arguments)
+            outcome[0] = sendable(function(*arguments))
         except (Failure, FloatingPointError, SystemExit) as error:
             outcome[1] = error
     collective(dist.broadcast_object_list, outcome)
@@ -130,7 +135,7 @@ class SharedState(LabState):
             return
         self.gathered, (rank, size) = self.step, rank_and_size()
         names = part_names(self.blocks, self.config.num_blocks)
-        sent = tree_map_only(Tensor, Tensor.cpu, ({name: self.part_state(name) for name in names}, self.log))
+        sent = sendable(({name: self.part_state(name) for name in names}, self.log))
         received: list[Any] | None = [None] * size if rank == 0 else None
         collective(dist.gather_object, sent, received)
         if received is None:

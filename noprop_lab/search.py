@@ -98,16 +98,35 @@ def database_failures(where: str, code: int) -> Iterator[None]:
 
 
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
-    """The script's search space, without the settings that an objective does not know, or that do nothing."""
+    """The script's search space, without the settings that an objective does not know, or that do nothing.
+
+    Optuna is not asked for these: its sampler would model them, and its pictures show them. Raises Failure.
+    """
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    names = noprop.suggest(optuna.create_study().ask()).keys()
+    if read := names & READ:
+        raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
     learns = config.learns_embedding and (config.objective != "backprop" or config.target == "classes")
+    learned = learns or names & {"embedding", "target"}  # then it differs by trial
+    idle = {*config.WITHOUT_EFFECT} | (set() if learned else {"embed_wd", "max_norm_embed"})
+
+    class Asked:
+        """A trial that answers for what is idle by itself: with the lower bound, or the choices."""
+
+        def __init__(self, trial):
+            self.trial = trial
+
+        def __getattr__(self, method: str):
+            ask = getattr(self.trial, method)
+
+            def suggest(name: str, *bounds, **more):
+                return [*bounds, *more.values()][0] if name in idle else ask(name, *bounds, **more)
+
+            return suggest if method.startswith("suggest_") else ask
 
     @wraps(noprop.suggest)  # so that a study of the script's has the same name
     def suggest(trial) -> dict[str, Any]:
-        found = noprop.suggest(trial)
-        if read := found.keys() & READ:
-            raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
-        learned = learns or found.keys() & {"embedding", "target"}  # then it differs by trial
-        idle = {*config.WITHOUT_EFFECT} | (set() if learned else {"embed_wd", "max_norm_embed"})
+        found = noprop.suggest(Asked(trial))
         return {name: value for name, value in found.items() if name not in idle}
 
     return suggest
@@ -141,12 +160,12 @@ def draw_search(search: Worker, what: str):
 class Worker:
     """One of several workers of a search, of whose trials none sees a test image.
 
-    new_state(config) makes what a trial trains.
+    new_state(config) makes what a trial trains, step_of(config) how.
     """
 
-    def __init__(self, config, options, data, new_state, storage, step=noprop.train_step):
+    def __init__(self, config, options, data, new_state, storage, step_of=lambda _: noprop.train_step):
         self.config, self.options, self.data = config, options, data._replace(test=None)
-        self.new_state, self.step, self.suggest = new_state, step, space_of(config)
+        self.new_state, self.step_of, self.suggest = new_state, step_of, space_of(config)
         self.short = replace(config, epochs=options.hpo_epochs)
         warnings.filterwarnings("ignore", "Fixed parameter .* out of range")  # of the settings given
         shared = replace(self.short, step_threads=1) if isinstance(config, WholeConfig) else self.short
@@ -189,7 +208,7 @@ class Worker:
         if config.batch_size > (n := len(self.data.train.labels)):
             raise Failure(f"suggest() proposes batch_size {config.batch_size}, more than the {n} images")
         state, data = self.new_state(config), with_augmentation(self.data, config)
-        return noprop.train(state, data, self.step, self.options.threads, steps_too=True)
+        return noprop.train(state, data, self.step_of(config), self.options.threads, steps_too=True)
 
     def cost(self, record: dict[str, Any]) -> float:
         """What the search makes small, of an epoch's record."""
@@ -223,7 +242,7 @@ def search(
     data: Data,
     new_state: Callable,
     run: Callable[[LabConfig, dict[str, Any] | None], int],
-    step: Callable = noprop.train_step,
+    step_of: Callable[[LabConfig], Callable] = lambda _: noprop.train_step,
     heartbeat: tuple[int, int] = (HEARTBEAT_SECONDS, GRACE_SECONDS),
 ) -> int:
     """One worker's search; one of the workers then trains, by run(config, contents of a checkpoint or None).
@@ -241,7 +260,7 @@ def search(
     with noprop.caught_signals() as signalled:
         with database_failures(where, 2), FileLock(options.output_dir / LOCK):
             storage = storage_of(options, *heartbeat)  # the lock: two at once would make the tables twice
-            worker = Worker(config, options, data, new_state, storage, step)
+            worker = Worker(config, options, data, new_state, storage, step_of)
         with database_failures(where, 1):
             done, epochs = len(worker.trials("COMPLETE", "PRUNED")), options.hpo_epochs
             say(f"Search: {options.hpo_trials} trials of {epochs} epochs, as given first; {done} are done.")
@@ -265,6 +284,7 @@ def search(
         if not isinstance(failure.__cause__, Timeout):
             raise
         say("Another process trains in this folder already: this one leaves the final run to it.")
+        say("If hpo_best.json has changed since: train --config hpo_best.json trains with that.")
         return worker.failed
 
 

@@ -66,6 +66,9 @@ class LabConfig(Config):
         super().__post_init__()
 
     def faults(self):
+        for field in fields(self):
+            idle = field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default
+            yield idle, f"{field.name} has no effect on this objective: leave it out"
         yield from super().faults()
         fault = f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out"
         yield self.embed_dim not in (None, self.dim), fault
@@ -79,9 +82,6 @@ class LabConfig(Config):
         yield self.all_images and self.select != "last", fault
         fault = "mirror is of dataset folder: the others know whether a mirror image is as good"
         yield other and self.mirror, fault
-        for field in fields(self):
-            idle = field.name in self.WITHOUT_EFFECT and getattr(self, field.name) != field.default
-            yield idle, f"{field.name} has no effect on this objective: leave it out"
         yield self.blocks and self.together, f"{self.together}: leave out blocks"
         unread = self.blocks and not self.own_blocks  # which itself refuses what can't be read
         yield unread, f"blocks must name blocks, not {self.blocks}"

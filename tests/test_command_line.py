@@ -106,6 +106,8 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--eta-min", "1"], "eta_min must be lr (0.014) at most"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
         (["--ema-decay", "1"], "ema_decay must be"),
+        (["--grad-clip", "0"], "grad_clip 0 leaves nothing to learn by"),
+        (["--max-norm-embed", "0"], "max_norm_embed 0 leaves nothing to learn by"),
         (["--ema-decay", "1.5"], "ema_decay must be"),
         (["--train-images", "100"], "--batch-size 512 is more than the 100 training images"),
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "both weights"),

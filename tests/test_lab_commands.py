@@ -86,6 +86,14 @@ def test_what_a_command_means(line, tmp_path, monkeypatch):
     assert str(options.embedding_from) == ("F" if "--embedding-from" in line else "None")
 
 
+def test_the_paper_s_preset_names_the_run_that_is_resumed(tmp_path, capsys):
+    """Beside a run of another objective."""
+    flags = ["--preset=paper", "--resume", f"--output-dir={untrained(tmp_path).parent}"]
+    config, _, content = lab.read_command_line("train", flags)
+    assert config == DTConfig.paper() and content is None
+    assert "Nothing to resume" in capsys.readouterr().out
+
+
 def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):
     refused(capsys, 2, ["--merge", "a.pt"], "python -m noprop_lab merge --help", main=noprop.main)
     given = []
@@ -220,6 +228,8 @@ def test_a_search_leaves_out_what_an_objective_does_not_know_or_what_does_nothin
     ):
         found = search.space_of(config)(optuna.trial.FixedTrial(values))
         assert set(values) - set(found) == missing and replace(config, **found)
+        search.space_of(config)(trial := optuna.create_study().ask())  # nor is Optuna asked for it
+        assert trial.params.keys() == found.keys()
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +256,8 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --embed-scale 0", "embed_scale 0 makes all labels the same"),
         ("train --embedding-from F --embed-scale 2", "leave --embed-scale out"),
         ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
+        ("train --objective cascade --temperature 1", "temperature has no effect on this objective"),
+        ("train --objective backprop --temperature 1", "without --weights learned, backprop takes no"),
         ("train --objective backprop --classify z", "without --weights learned, backprop takes no"),
         ("train --objective dt --weights learned", "weights"),
         ("train --objective dt --num-blocks 50 --weights equal --temperature 0", "learn nothing: take ddpm"),

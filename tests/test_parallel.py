@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, ended, noprop, start, wait_until
 from laboratory import contents, equal, flags_of, lab, quick_lab, refused
+from torch.utils._pytree import tree_leaves
 
 from noprop_lab import parallel
 from noprop_lab.settings import LabConfig
@@ -52,6 +54,27 @@ def finished(size: int, output: Path, flags: list[str]) -> str:
 
 def checkpoint(folder: Path) -> dict:
     return contents(folder / "noprop_hybrid.pt")
+
+
+def test_a_weight_is_sent_once(monkeypatch):
+    """Weights are views of one vector, of which pickle would write all for each of them."""
+
+    def gathered(call, sent, received) -> None:
+        received[0] = sent
+
+    def bytes_of(content) -> tuple[int, int]:
+        numbers = [x for x in tree_leaves(content) if isinstance(x, torch.Tensor)]
+        return len(pickle.dumps(content)), sum(x.numel() * x.element_size() for x in numbers)
+
+    sent = []
+    monkeypatch.setattr(parallel, "collective", lambda call, *x: sent.append(x[0]) or gathered(call, *x))
+    state = parallel.SharedState(LabConfig(num_blocks=2))
+    state.gather()
+    monkeypatch.setattr(parallel, "collective", lambda *_: None)
+    parts = {name: state.part_state(name) for name in state.parts}  # as in a checkpoint that is read
+    for content in (sent[0], parallel.on_first(lambda: parts)):
+        pickled, numbers = bytes_of(content)
+        assert numbers > 800_000 and pickled < 1.1 * numbers
 
 
 FIXED, RUN = "--embedding=fixed", {"train_images": 400, "batch_size": 32, "epochs": 6}  # of 72 steps

@@ -109,6 +109,9 @@ def test_resuming_on_another_machine_says_so(what, capsys):
     content |= {"training": training, "made_with": noprop.made_with(state.device) | {what: "another"}}
     state.resume(content, "")
     assert "exact to the bit" in capsys.readouterr().out
+    content["made_with"]["device"] = "mps"  # whose memory format is another, so moments would be mixed up
+    with pytest.raises(noprop.Failure, match="weights lie otherwise"):
+        state.resume(content, "")
 
 
 def test_kill_9_loses_nothing(undisturbed, tmp_path):

@@ -19,7 +19,9 @@ from filelock import FileLock, Timeout
 from laboratory import contents, equal, few_images, flags_of, lab, quick_lab, refused
 from PIL import Image
 
+from noprop_lab import dt
 from noprop_lab import search as hpo
+from noprop_lab.dt import DTConfig
 from noprop_lab.networks import LabState
 from noprop_lab.settings import LabConfig, LabOptions
 
@@ -48,7 +50,7 @@ def quick_search(arguments: list[str]) -> int:
         def run(config, content) -> int:
             return noprop.run(new_state(config), data, options, content, lab.step_of(config), end)
 
-        return hpo.search(config, options, data, new_state, run, lab.step_of(config), heartbeat=(1, 3))
+        return hpo.search(config, options, data, new_state, run, lab.step_of, heartbeat=(1, 3))
 
     return noprop.main([], lambda _: execute())
 
@@ -153,6 +155,16 @@ def test_a_setting_of_the_lab_may_be_searched(tmp_path, monkeypatch):
 def test_what_a_search_can_not_propose(settings, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noprop, "suggest", lambda trial: settings)
     refused(capsys, 2, flags(tmp_path), words, main=quick_search)
+
+
+def test_a_trial_takes_the_steps_of_its_own_settings(small_data, monkeypatch):
+    """Such as --updates, on which the step itself depends."""
+    made, config = [], DTConfig(num_blocks=1, batch_size=128)
+    monkeypatch.setattr(noprop, "train", lambda state, data, step, *_, **__: made.append(step))
+    worker = hpo.Worker(config, LabOptions(), small_data, LabState, None, lab.step_of)
+    for updates in ("each", "last"):
+        worker.records(replace(config, updates=updates))
+    assert made == [dt.train_step, noprop.train_step]
 
 
 @pytest.mark.filterwarnings("ignore:Fixed parameter", "ignore::optuna.exceptions.ExperimentalWarning")

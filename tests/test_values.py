@@ -498,14 +498,22 @@ def test_what_the_picture_of_a_training_shows():
             assert not legend.get_texts()
 
 
-def test_what_the_picture_of_the_denoising_shows(small_data):
-    """Each chart's columns are distributions: flat in z_0, and in z_T the answer that the title gives."""
-    model = noprop.build(noprop.Config(num_blocks=4)).eval()
-    steps = model.steps
+def test_what_the_picture_of_the_denoising_shows(small_data, monkeypatch):
+    """Each chart's columns are distributions: flat in z_0, and in z_T the answer that the title gives.
+
+    A dot a block is at the class whose embedding û_t is next to.
+    """
+    model, u_hats = noprop.build(noprop.Config(num_blocks=4)).eval(), []
+    step, steps = noprop.NoProp.step, model.steps
+    monkeypatch.setattr(noprop.NoProp, "step", lambda *x: u_hats.append(step(*x)) or u_hats[-1])
     figure = noprop.draw_denoising(model, small_data.test)
+    apart = torch.stack([u_hat for u_hat, _ in u_hats[-4:]], 1)[:, :, None] - model.label_embedding.weight
+    nearest = apart.norm(dim=-1).argmin(-1)  # (12, 4)
     digits, charts = figure.axes[0:6] + figure.axes[12:18], figure.axes[6:12] + figure.axes[18:24]
     assert model.steps == steps  # the network that is drawn is left as it was
-    for digit, chart in zip(digits, charts, strict=True):
+    for digit, chart, classes in zip(digits, charts, nearest.tolist(), strict=True):
+        [dots] = chart.lines
+        assert dots.get_xydata().tolist() == [list(x) for x in enumerate(classes, start=1)]
         shares = chart.get_images()[0].get_array()
         assert shares.shape == (10, 5) and np.allclose(shares.sum(0), 1, atol=1e-5)
         assert shares[:, 0].max() < 0.2 and shares[:, -1].argmax() == int(digit.get_title().split()[0])
