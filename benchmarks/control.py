@@ -43,6 +43,7 @@ from noprop_lab.settings import LabConfig
 RESULTS = Path(__file__).parent / "results"
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 RATES = (0.0035, 0.007, 0.014, 0.028, 0.056)  # the middle one is NoProp's, which a search on MNIST left
+TWO = "two CNNs, averaged"  # of which the rates are judged
 CHAIN, BLOCK, ONE, TEN = "NoProp: chain of ten", "NoProp: block 1", "one CNN", "ten CNNs, averaged"
 
 
@@ -299,14 +300,14 @@ def draw(tables: dict[str, dict[str, np.ndarray]]):
     return figure
 
 
-def tried(dataset: str, kinds: tuple[str, ...] = ("cnns",)) -> str:
-    """The learning rates that were tried, in words."""
+def tried(dataset: str, kinds: dict[str, str]) -> str:
+    """The learning rates that were tried, in words; kinds: what a row of the grid is called."""
     found = json.loads((RESULTS / f"control-{dataset}-rates.json").read_text())
     text = "Validation loss (and accuracy) by learning rate; the least loss decides, if no row says otherwise"
-    for kind, of_kind in [(kind, found[kind]) for kind in kinds if kind in found]:
+    for kind, of_kind in [(name, found[kind]) for kind, name in kinds.items() if kind in found]:
         losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
         edge = best_rate(of_kind) in (RATES[0], RATES[-1])
-        text += f"; {kind}: " + ", ".join("{:g} {:.4f} ({:.2f})".format(*x) for x in losses)
+        text += f". {kind}: " + ", ".join("{:g}: {:.4f} ({:.2f})".format(*x) for x in losses)
         text += ", where the grid ends" * edge
     return text + "."
 
@@ -318,7 +319,11 @@ def report() -> int:
         if files := [np.load(path) for path in replicates_of(f"control-{dataset}")]:
             rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
             tempered = rows.pop("tempered")
-            parts += [f"**{name}**, replicates: {len(files)}", table(rows, tempered), tried(dataset)]
+            parts += [
+                f"**{name}**, replicates: {len(files)}",
+                table(rows, tempered),
+                tried(dataset, {"cnns": TWO}),
+            ]
             tables[dataset] = rows
     if parts:
         parts.insert(0, "![Error, loss and calibration of chain and CNNs](img/evidence_control.png)")

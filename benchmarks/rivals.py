@@ -88,8 +88,8 @@ def report() -> int:
             pairs = {name: (name, OWN) for name in (*rows, control.CHAIN) if name != OWN in rows}
             table = control.short_table(rows | beside, f"less {OWN}", pairs)
             parts += [f"**{title}**, replicates: {len(paths)}", table]
-            kinds = dict.fromkeys(["cnns", *(kind.__name__ for kind, _ in RIVALS.values())])
-            parts.append(control.tried(dataset, tuple(kinds)))
+            kinds = {"cnns": control.TWO} | {kind.__name__: name for name, (kind, _) in RIVALS.items()}
+            parts.append(control.tried(dataset, kinds | {"chain": control.CHAIN}))
     return control.publish("rivals", parts)
 
 
