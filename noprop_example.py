@@ -67,6 +67,7 @@ from typeguard import TypeCheckError, check_type
 
 RUN_HPO = False  # what a bare call does. True: search hyperparameters with Optuna (--run-hpo); False: train.
 CPU, BESIDE = torch.device("cpu"), Path(__file__).resolve().parent / "data"
+CHANNELS_LAST = "cpu", "cuda"  # devices with that layout, on a CPU twice as fast; on MPS it has been wrong
 
 
 # --- Randomness --------------------------------------------------------------------------------------------
@@ -546,8 +547,8 @@ def build(config: Config, device=CPU, content=None, block=None, kind: type[NoPro
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of a user's own block, say
             raise Failure(f"{content['path']} does not hold the weights of its settings") from error
         model.by_average = content["config"] == config and content.get("by_average", False)
-    nhwc = device.type in ("cpu", "cuda")  # twice as fast on a CPU, and it has been wrong on MPS
-    return model.to(device, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    nhwc = torch.channels_last if device.type in CHANNELS_LAST else torch.contiguous_format
+    return model.to(device, memory_format=nhwc)
 
 
 @contextmanager
@@ -684,7 +685,7 @@ class State:
             raise Failure(f"{path} holds weights alone, for --evaluate and --predict: train anew")
         if content["data"] != digest:
             raise Failure(f"the images are not those that {path} was trained on: bring them back")
-        if "mps" in (kinds := {content["made_with"]["device"], self.device.type}) and len(kinds) > 1:
+        if (content["made_with"]["device"] in CHANNELS_LAST) != (self.device.type in CHANNELS_LAST):
             raise Failure(f"{path} was made on another device, where weights lie otherwise: resume there")
         if content["made_with"] != made_with(self.device):
             say(f"It won't be exact to the bit: {content['made_with']} is now {made_with(self.device)}.")
@@ -1148,18 +1149,20 @@ def short_training(config, records, signalled, suggest, trial, cost=lambda recor
     seed = generator(config.seed, "search", trial.number).initial_seed() % 2**32
     trial.study.sampler = samplers.TPESampler(seed=seed)
     trial.set_user_attr("settings", settings := suggest(trial))
-    config = replace(config, **settings)
+    worse = False
     try:
-        for record in records(config):
+        for record in records(replace(config, **settings)):
+            if worse:  # and the training goes on
+                raise TrialPruned
             if number := signalled():
                 say("Stopped. The same command goes on.")
                 raise SystemExit(128 + number)  # Optuna takes no notice: the trial is running, and run again
             if record:
                 trial.set_user_attr("record", record)
                 trial.report(value := cost(record), record["epoch"])
-                going_on = record["epoch"] < config.epochs
-                if not math.isfinite(value) or (going_on and trial.should_prune()):
+                if not math.isfinite(value):
                     raise TrialPruned
+                worse = trial.should_prune()
     except FloatingPointError as error:
         raise TrialPruned from error
     return value
@@ -1244,6 +1247,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
         there = read_checkpoint(options.checkpoint(config))
     data = load_data(config, options.data_root, device)
     begun = there.get("config") == config and there.get("data") == data.digest()  # weights alone have none
+    begun = begun and there["made_with"]["device"] == device.type
     return run(State(config, device), data, options, there if begun else None)
 
 

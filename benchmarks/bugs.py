@@ -396,7 +396,7 @@ FILES_AND_SEARCH = [
         "data = load_data(config, options.data_root, device)._replace(test=None)",
         "data = load_data(config, options.data_root, device); data = data._replace(val=data.test, test=None)",
     ),
-    ("the search never prunes", "(going_on and trial.should_prune())", "False"),
+    ("the search never prunes", "worse = trial.should_prune()", "pass"),
     ("the search trains with the worst trial", "best = min(complete, key", "best = max(complete, key"),
     (
         "the search does not begin with the settings given",
@@ -642,7 +642,8 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/search.py", "if name in idle else ask", "if False else ask"),
     (f"{LAB}/search.py", "self.step_of(config), self", "self.step_of(self.config), self"),
     (f"{LAB}/__main__.py", "not options.named_objective and found", "not options.objective and found"),
-    (SCRIPT, 'if "mps" in (kinds', 'if "mpx" in (kinds'),
+    (SCRIPT, "!= (self.device.type in CHANNELS_LAST):", "is None:"),
+    (f"{LAB}/parts.py", "if len(kinds) > 1:", "if len(kinds) > 2:"),
     (SCRIPT, '("grad_clip", "max_norm_embed"):', '("max_norm_embed",):'),
     (SCRIPT, "torch.cdist(u_hat, W)", "torch.cdist(z, W)"),
 ]

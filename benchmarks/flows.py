@@ -15,7 +15,6 @@ import copy
 import json
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import data_root, folder_of, mean, network_of, run, shown
+from benchmarks.seeds import data_root, folder_of, joined, mean, network_of, run, shown
 from noprop_lab import __main__ as lab
 from noprop_lab.data import load_data
 
 # With the encoder by cross-entropy a flow shares these; and of the recipe what its flags change.
-SHARED = ("epochs", "patience", "block", "batch_size")
+SHARED = ("epochs", "patience", "block", "batch_size", "dataset")
 RECIPE = ("lr", "schedule", "eta_min", "weight_decay", "grad_clip", "ema_decay", "augment", "train_images")
+RECIPE += ("precision", "select")
 
 
 class Blind(nn.Module):
@@ -69,33 +69,29 @@ def controls(model, split: noprop.Split) -> dict[str, float]:
     return rows
 
 
+def flag(setting: tuple[str, object]) -> str:
+    """A setting as the command line has it."""
+    name, value = setting[0].replace("_", "-"), setting[1]
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("objective", choices=["ct", "fm"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--threads", type=int)
     arguments, flags = parser.parse_known_args()
-    named = [x for x in flags if not x.startswith("--dataset=")]
-    where = {"--data-root": arguments.data_root, "--threads": arguments.threads}
-    machine = [f"{flag}={value}" for flag, value in where.items() if value]
-    flags += machine
+    flags = joined(flags)
+    machine = [x for x in flags if x.startswith(("--data-root=", "--threads="))]
+    dataset = [x for x in flags if x.startswith("--dataset=")]
+    named = [x for x in flags if x not in machine + dataset]
     seeds, name = range(arguments.seeds), f"NoProp-{arguments.objective.upper()}"
     flow = [f"--objective={arguments.objective}", *flags]
     results = run({name: flow}, seeds)[name]
     config = network_of(folder_of(flow, 0)).config
-    default = lab.read_command_line("train", [flow[0], f"--dataset={config.dataset}"])[0]
-    plain = ["--objective=backprop", "--num-blocks=1"]
-    for x in fields(noprop.Config):
-        value = getattr(config, x.name)
-        if x.name in SHARED or (
-            x.name in (*RECIPE, "precision", "select") and value != getattr(default, x.name)
-        ):
-            flag = x.name.replace("_", "-")
-            plain.append(
-                f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}"
-            )
-    plain += [f"--dataset={config.dataset}", *machine]
+    default = lab.read_command_line("train", [flow[0], *dataset, *machine])[0]
+    shared = {x: getattr(config, x) for x in SHARED}
+    shared |= {x: getattr(config, x) for x in RECIPE if getattr(config, x) != getattr(default, x)}
+    plain = ["--objective=backprop", "--num-blocks=1", *map(flag, shared.items()), *machine]
     twins = run({"plain": plain}, seeds)["plain"]
     test = load_data(config, data_root(flags)).test
     found = [controls(network_of(folder_of(flow, seed)), test) for seed in seeds]
@@ -107,7 +103,8 @@ def main() -> int:
     rows |= {"validation accuracy": [x["val_accuracy"] for x in results]}
     rows |= {"negative log-likelihood": [x["test_loss"] for x in results]}
     rows |= {"seconds of training": [x["seconds"] for x in results]}
-    command = shlex.join(["python", "benchmarks/flows.py", *shown(sys.argv[1:])])
+    given = [arguments.objective, f"--seeds={len(seeds)}", *shown(flags)]
+    command = shlex.join(["python", "benchmarks/flows.py", *given])
     print(f"`{command}`: {len(seeds)} seeds, {results[0]['epochs']} epochs, {config.steps} steps\n")
     print("| test accuracy in %, mean ± standard error | |\n|---|---|")
     for title, values in rows.items():
@@ -117,7 +114,9 @@ def main() -> int:
     kept |= {"config": results[0]["config"], "rows": rows}
     kept |= {"schedule": [x["schedule"] for x in results]} if "schedule" in results[0] else {}
     kept |= {"val_accuracy_by_epoch": [[y["val_accuracy"] for y in x["history"]] for x in results]}
-    name = "-".join(["flows", config.objective, config.dataset, *(x.strip("-") for x in named)])
+    name = "-".join(
+        ["flows", config.objective, config.dataset, *([folder_of(named, 0).parent.name] * bool(named))]
+    )
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0

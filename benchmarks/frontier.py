@@ -221,7 +221,7 @@ def report() -> int:
         setting = chosen(rule)
         found = [x for key, x in final.items() if key.startswith(f"{rule}-{setting.key('')}")]
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["accuracy_average"] for x in found])]
-        title = f"{rule}: {name_of(setting)}, {setting.epochs} epochs"
+        title = f"candidate for `{rule}`: {name_of(setting)}, {setting.epochs} epochs"
         lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]
     peak = f"Matmul peak right after the steps were timed: {by_step[speed.PEAK]:.0f} GFLOP/s."
     noprop.say(text := "\n".join([*lines, "", peak]))

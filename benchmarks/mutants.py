@@ -56,7 +56,7 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
     "Configuration": "configuration",
     "Data": "data",
     "Training": "training",
-    "Files": "files",
+    "Files and pictures": "files",
     "Search": "search",
 }
 OBJECTIVES = ["dt", "backprop", "flows", "ct", "fm", "cascade", "early_exit"]

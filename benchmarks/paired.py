@@ -41,12 +41,10 @@ def log_probabilities(model: noprop.NoProp, images: Tensor, temperature: float |
 
 
 def answers(seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
-    """What the networks of a seed answer, by row, (1, 2, N) each; ends where one is missing."""
+    """What the networks of a seed answer, by row, (1, 2, N) each."""
     rows = {}
     for name, flags in HEADLINE.items():
-        if not (summary := summary_of(folder := folder_of(flags, seed))):
-            raise SystemExit(f"error: no network in {folder}: run benchmarks/evidence.py headline first")
-        model = network_of(folder)
+        summary, model = summary_of(folder := folder_of(flags, seed)), network_of(folder)
         log_p = log_probabilities(model, test.images)
         found = {name: log_p[:, -1]}
         if name == BASE:
@@ -65,12 +63,12 @@ def answers(seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
 
 def report() -> int:
     """Print the table, and put it into docs/evidence.md."""
-    files = [np.load(path) for path in control.replicates_of("headline")]
-    beside = [np.load(path) for path in control.replicates_of("control-mnist")][: len(files)]
-    if not files or len(beside) < len(files):
+    both = zip(control.replicates_of("headline"), control.replicates_of("control-mnist"), strict=False)
+    files = [(np.load(own), np.load(control_)) for own, control_ in both]
+    if not files:
         return control.publish("paired", [])
-    rows = {name: np.stack([x[name] for x in files]) for name in files[0].files}
-    rows |= {name: np.stack([x[name] for x in beside]) for name in (control.ONE, control.TEN)}
+    rows = {name: np.stack([own[name] for own, _ in files]) for name in files[0][0].files}
+    rows |= {name: np.stack([of[name] for _, of in files]) for name in (control.ONE, control.TEN)}
     pairs = {name: (name, BASE) for name in rows if name != BASE}
     table = control.short_table(rows, f"less {BASE}", pairs)
     made = f"`python benchmarks/paired.py --seeds {len(files)}`"
@@ -82,8 +80,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="ask no network")
     given = parser.parse_args()
-    test = None if given.report else noprop.load_data(noprop.Config()).test
-    for seed in range(given.seeds if test else 0):
+    if given.report:
+        return report()
+    folders = [folder_of(flags, seed) for flags in HEADLINE.values() for seed in range(given.seeds)]
+    if missing := [x for x in folders if not summary_of(x)]:  # before a test image is asked for
+        first = f"run python benchmarks/evidence.py headline --seeds {given.seeds} here first"
+        raise SystemExit(f"error: no network in {missing[0]}: {first}")
+    test = noprop.load_data(noprop.Config()).test
+    for seed in range(given.seeds):
         keep_answers(control.RESULTS / f"headline-{seed}.npz", **answers(seed, test))
     return report()
 

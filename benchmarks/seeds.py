@@ -51,6 +51,15 @@ def folder_of(flags: list[str], seed: int) -> Path:
     return Path("runs") / (name or "default") / f"seed{seed}"
 
 
+def joined(flags: list[str], names: tuple[str, ...] = ("--data-root", "--threads", "--dataset")) -> list[str]:
+    """The flags, of which these are one word each, as shown() knows them."""
+    flags = list(flags)
+    for i in reversed(range(len(flags) - 1)):
+        if flags[i] in names:
+            flags[i : i + 2] = ["=".join(flags[i : i + 2])]
+    return flags
+
+
 def data_root(flags: list[str]) -> Path:
     """The folder with the data that the flags name."""
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -155,6 +164,8 @@ def keep_answers(path: Path, **answers: np.ndarray) -> None:
 def write(mark: str, content: str, name: str = "evidence.md") -> None:
     """Put content into a file of docs/, between its marks."""
     path, begin, end = DOCS / name, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    if begin not in path.read_text("utf-8"):
+        raise SystemExit(f"error: {path} has no {begin}")
     text = re.sub(
         f"{begin}.*?{end}", lambda _: f"{begin}{content}\n{end}", path.read_text("utf-8"), flags=re.DOTALL
     )
@@ -180,9 +191,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     arguments, flags = parser.parse_known_args()
-    if "--data-root" in flags[:-1]:  # one word, as shown() knows it
-        i = flags.index("--data-root")
-        flags[i : i + 2] = ["=".join(flags[i : i + 2])]
+    flags = joined(flags)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     [results] = run({" ".join(flags) or "default": flags}, seeds).values()
     rows: dict[str, list[float]] = {}

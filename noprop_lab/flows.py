@@ -173,7 +173,14 @@ By steps         {", ".join(f"{n}: {x:.2f}" for n, x in by_steps.items())} %""")
     say(f"""Time             {state.seconds:.0f} s of training, {total:.0f} s in all, on {state.device}
 Files            {", ".join(x.name for x in files)} in {options.output_dir.resolve()}""")
     failed = noprop.picture(draw_progress, files[2], summary, schedule)
-    return failed | noprop.picture(noprop.draw_denoising, files[3], model.as_chain(), data.test)
+    return failed | noprop.picture(draw_denoising, files[3], model.as_chain(), data.test)
+
+
+def draw_denoising(chain, test: noprop.Split):
+    """The script's picture of a dozen test images, from noise by the config's own steps."""
+    figure = noprop.draw_denoising(chain, test)
+    figure.suptitle("Class probabilities in z_t, from noise (τ = 1); dots: the class of û_t; hard ones below")
+    return figure
 
 
 def draw_progress(summary: dict[str, Any], schedule: nn.Module | None = None):

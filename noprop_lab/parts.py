@@ -45,6 +45,9 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
     whole, config = contents[0], replace(configs[0], blocks=None)
     for part, other in zip(contents[1:], configs[1:], strict=True):
         put_in(whole, part, part_names(other.own_blocks, other.num_blocks), exchange=not configs[0].blocks)
+    kinds = {x in noprop.CHANNELS_LAST for x in (device.type, *(x["made_with"]["device"] for x in contents))}
+    if len(kinds) > 1:
+        raise Failure("parts of an Apple GPU and of others do not go together: weights lie otherwise there")
     data = load_data(config, options.data_root, device)
     whole["made_with"] = noprop.made_with(device)  # nothing is trained further
     state = LabState(config, device)

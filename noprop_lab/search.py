@@ -111,7 +111,7 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     idle = {*config.WITHOUT_EFFECT} | (set() if learned else {"embed_wd", "max_norm_embed"})
 
     class Asked:
-        """A trial that answers for what is idle by itself: with the lower bound, or the choices."""
+        """A trial that answers for what is idle by itself: with the lower bound, or the first choice."""
 
         def __init__(self, trial):
             self.trial = trial
@@ -120,7 +120,9 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
             ask = getattr(self.trial, method)
 
             def suggest(name: str, *bounds, **more):
-                return [*bounds, *more.values()][0] if name in idle else ask(name, *bounds, **more)
+                first = next(iter([*bounds, *more.values()]))
+                first = first if isinstance(first, int | float) else first[0]
+                return first if name in idle else ask(name, *bounds, **more)
 
             return suggest if method.startswith("suggest_") else ask
 

@@ -89,9 +89,13 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
     content["model"]["blocks.1.more"] = torch.zeros(1)
     torch.save(content, tmp_path / "more.pt")
     refused(capsys, 2, [*command, files[0], str(tmp_path / "more.pt"), files[2]], "have other weights")
-    for change, word in ({"data": "x"}, "trained on other images"), ({"step": 9}, "not trained equally long"):
+    for change, word in (
+        ({"data": "x"}, "trained on other images"),
+        ({"step": 9}, "not trained equally long"),
+        ({"made_with": {"device": "mps"}}, "parts of an Apple GPU and of others"),
+    ):
         content = contents(Path(files[1]))
-        (content if "data" in change else content["training"]).update(change)
+        (content["training"] if "step" in change else content).update(change)
         torch.save(content, tmp_path / "other.pt")
         refused(capsys, 2, [*command, files[0], str(tmp_path / "other.pt"), files[2]], word)
     few = lab.load_data

@@ -101,12 +101,12 @@ def test_settings_may_be_said_again_to_resume(tmp_path, capsys):
     assert "exact to the bit" not in capsys.readouterr().out  # that is said where it is not
 
 
-@pytest.mark.parametrize("what", ["chip", "torch", "device"])
-def test_resuming_on_another_machine_says_so(what, capsys):
+@pytest.mark.parametrize(("what", "other"), [("chip", "another"), ("torch", "9.0"), ("device", "cuda")])
+def test_resuming_on_another_machine_says_so(what, other, capsys):
     state, content = noprop.State(noprop.Config(num_blocks=1)), {"path": "a.pt", "data": "", "model": {}}
     training = {name: getattr(state, name) for name in state.POSITION}
     training["parts"] = {name: state.part_state(name) for name in state.parts}
-    content |= {"training": training, "made_with": noprop.made_with(state.device) | {what: "another"}}
+    content |= {"training": training, "made_with": noprop.made_with(state.device) | {what: other}}
     state.resume(content, "")
     assert "exact to the bit" in capsys.readouterr().out
     content["made_with"]["device"] = "mps"  # whose memory format is another, so moments would be mixed up
