@@ -692,7 +692,7 @@ class State:
         for name in self.parts:
             self.load_part_state(name, content["training"]["parts"][name])
         vars(self).update((name, content["training"][name]) for name in self.POSITION)
-        self.log = [row.to(self.device) for row in self.log]
+        self.log, self.started = [row.to(self.device) for row in self.log], self.started - self.seconds
         self.selected = content["model"] if self.history else self.selected
 
 
@@ -743,6 +743,8 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
     """
     config, (images, labels) = state.config, data.train
     steps, zero = len(labels) // config.batch_size, torch.zeros((), device=state.device)  # of parts at rest
+    if not steps:
+        raise Failure(f"batch_size {config.batch_size} is more than the {len(labels)} training images")
     while not state.finished():
         order = torch.randperm(len(labels), generator=generator(config.seed, "order", len(state.history)))
         with workers(state.device, threads) as parallel:
@@ -1022,7 +1024,7 @@ def pick_device(options: Options) -> torch.device:
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         code = 2 if "evice string" in str(error) else 1  # a name that there is not; a machine without it
-        raise Failure(f"--device {name} can't be used here: {Failure(error)}", code) from error
+        raise Failure(f"--device {name} can't be used here (cpu can): {Failure(error)}", code) from error
 
 
 def made_with(device: torch.device) -> dict[str, str]:
@@ -1079,16 +1081,13 @@ def summary_of(state: State, val: dict, test: dict, images: int) -> dict[str, An
 
 
 def finish(state: State, data: Data, options: Options, draw=draw_denoising) -> int:
-    """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0.
-
-    The blocks' average answers from then on if on validation images its cross-entropy is lower: the last
-    block alone is too sure where blocks disagree, which no scale of its logits mends (docs/evidence.md).
-    """
+    """Evaluate the selected weights, write and print the results, then draw; 1 if a picture fails, else 0."""
     model, images = copy.deepcopy(state.averaged), len(data.test.labels)
     model.load_state_dict(state.selected)
     with workers(state.device, options.threads) as parallel:
         val, test = (evaluate(model, split, state.config, parallel) for split in (data.val, data.test))
         chain, summary = test["accuracy"], summary_of(state, val, test, images)
+        # what answers from now on: the last block is too sure where blocks disagree, see docs/evidence.md
         state.by_average = model.by_average = val["loss_average"] < val["loss"][-1]
         use = "; --evaluate and --predict answer by it" if state.by_average else ""
         files = [options.output_dir / name.format(state.config.objective) for name in OUTPUTS]
@@ -1327,19 +1326,20 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
     try:
         file = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
         file = file.get("config", file)
-        given = {k: x for k, x in (base | file).items() if getattr(Config, k) != base[k] or k in file} | given
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # the last: no setting
+        own = base | {"epochs": Config.epochs}  # which a checkpoint may have otherwise
+        given = {k: x for k, x in (own | file).items() if getattr(Config, k) != own[k] or k in file} | given
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
-        content, free = read_checkpoint(path), {"epochs"} if options.resume else {"temperature", "weights"}
-        return over_checkpoint(content, given, free), options, content
+        free = ("epochs", "patience") if options.resume else ("temperature", "weights")
+        return over_checkpoint(content := read_checkpoint(path), given, free), options, content
     if options.resume:
         there = os.path.isdir(path.parent)  # False also for a name that can't be one
         for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
             raise Failure(f"{other.name} is not the script's: try python -m noprop_lab train --resume")
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    return Config(**given), options, None
+    return Config(**base | given), options, None
 
 
 def print_accuracy(model: NoProp, test: Split, parallel: Callable) -> int:
@@ -1373,9 +1373,9 @@ def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int]
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # a notebook's has none
     try:
         return execute(sys.argv[1:] if arguments is None else arguments)
-    except (Failure, FloatingPointError, OSError) as error:
+    except (Failure, FloatingPointError, OSError, ImportError) as error:  # the last: of a package
         say(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else getattr(error, "code", 3)
+        return 1 if isinstance(error, OSError | ImportError) else getattr(error, "code", 3)
     except SystemExit as stop:  # of --help, or of a search
         return int(stop.code or 0)
     except KeyboardInterrupt:

@@ -124,6 +124,8 @@ def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | N
     make = kind if options.preset == "default" else getattr(kind, options.preset)
     start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
     preset = {name: x for name, x in vars(start).items() if x != getattr(kind, name)}
+    if saved:  # which may have been given others
+        preset.pop("epochs", None)
     own = {} if saved or dataset == "folder" else SOURCES[dataset].settings
     if dataset == "folder" and not saved and "classes" not in file | flags:
         own = {"classes": class_folders(options.data_root)}
@@ -142,7 +144,7 @@ def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, A
     kind = options.named_objective or saved.objective
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
-    free = saved.FREE if options.evaluate or options.predict else ("epochs",)
+    free = saved.FREE if options.evaluate or options.predict else ("epochs", "patience")
     if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
         if options.resume and "--threads" in flags and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"

@@ -92,6 +92,8 @@ def test_the_paper_s_preset_names_the_run_that_is_resumed(tmp_path, capsys):
     config, _, content = lab.read_command_line("train", flags)
     assert config == DTConfig.paper() and content is None
     assert "Nothing to resume" in capsys.readouterr().out
+    untrained(tmp_path, DTConfig.paper(num_blocks=1, epochs=7))  # which is not the preset's number
+    assert lab.read_command_line("train", [*flags, "--num-blocks=1"])[0].epochs == 7
 
 
 def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):

@@ -93,6 +93,21 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert "Nothing to resume" in capsys.readouterr().out
 
 
+def test_what_may_change_when_a_run_is_resumed(tmp_path, capsys):
+    """More epochs, and a patience that lets them be; a preset's epochs are those of a new run."""
+    folder = [f"--output-dir={tmp_path}"]
+    state = noprop.State(noprop.Config(epochs=20, patience=1, num_blocks=1, block="deep"))
+    state.save(tmp_path / "noprop_hybrid.pt", "")
+    read, resume = noprop.read_command_line, [*folder, "--resume"]
+    assert read([*resume, "--preset=accurate"])[0].epochs == read(resume)[0].epochs == 20
+    assert read([*folder, "--preset=reference"])[0].epochs == 100
+    changed = read([*resume, "--epochs=30", "--patience=9"])[0]
+    assert (changed.epochs, changed.patience) == (30, 9)
+    fails(capsys, 2, [*resume, "--epochs=12"], "--epochs 12 contradicts")
+    evaluate = ["--preset=accurate", f"--evaluate={tmp_path / 'noprop_hybrid.pt'}"]
+    assert read(evaluate)[0] == state.config
+
+
 def test_settings_may_be_said_again_to_resume(tmp_path, capsys):
     """Some that do not go with the defaults: fewer images than a batch of these."""
     few = ["--train-images=200", f"--output-dir={tmp_path}"]
@@ -107,8 +122,10 @@ def test_resuming_on_another_machine_says_so(what, other, capsys):
     training = {name: getattr(state, name) for name in state.POSITION}
     training["parts"] = {name: state.part_state(name) for name in state.parts}
     content |= {"training": training, "made_with": noprop.made_with(state.device) | {what: other}}
+    content["training"]["seconds"] = 1000.0
     state.resume(content, "")
     assert "exact to the bit" in capsys.readouterr().out
+    assert time.perf_counter() - state.started > 1000  # "in all" is of all calls
     content["made_with"]["device"] = "mps"  # whose memory format is another, so moments would be mixed up
     with pytest.raises(noprop.Failure, match="weights lie otherwise"):
         state.resume(content, "")

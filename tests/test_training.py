@@ -47,6 +47,13 @@ def test_the_result_does_not_depend_on_threads(small_data, tiny_state):
     assert same(state.averaged.state_dict(), tiny_state.averaged.state_dict())
 
 
+def test_fewer_images_than_a_batch_are_a_line(small_data):
+    """Of data that a user has made by hand, too."""
+    state = noprop.State(noprop.Config(num_blocks=1, batch_size=len(small_data.train.labels) + 1))
+    with pytest.raises(noprop.Failure, match="is more than the"):
+        list(noprop.train(state, small_data))
+
+
 def test_splits_are_disjoint_and_fixed(data):
     folder, names = noprop.Options.data_root / "MNIST/raw", ("train-images", "t10k-images")
     train, test = (gzip.decompress((folder / f"{name}-idx3-ubyte.gz").read_bytes()) for name in names)
