@@ -363,8 +363,8 @@ FILES_AND_SEARCH = [
     ),
     (
         "resume: the epoch begins anew",
-        "self.log = [row.to(self.device) for row in self.log]",
-        "self.log = []",
+        "self.log, self.started = [row.to(self.device) for row in self.log],",
+        "self.log, self.started = [],",
     ),
     (
         "resume: the selected weights are lost",
