@@ -5,11 +5,13 @@
 Starts the script, kills it at uniformly random moments (it saves after every step: often it is writing) and
 resumes it; compares the final weights, averages, optimizers and history with those of an undisturbed run.
 Flips bits of and truncates checkpoints and data files. Limits the size of files, as a full disk does.
+Prints a table, and keeps it in benchmarks/results/faults.json.
 """
 
 import argparse
 import gzip
 import hashlib
+import json
 import random
 import resource
 import shutil
@@ -185,10 +187,15 @@ def main() -> int:
         corrupt(rng, arguments.rounds, Path(name) / "noprop_hybrid.pt", table, bar)
         fill_disk(rng, disks, Path(name) / "noprop_hybrid.pt", table, bar)
     print("| fault | tried | survived | lost |\n|---|---|---|---|")
+    found = {}
     for fault in dict.fromkeys(fault for fault, _ in table):
         survived, lost = table[fault, "survived"], table[fault, "LOST"]
         print(f"| {fault} | {survived + lost} | {survived} | {lost} |")
-    print(load(200))
+        found[fault] = {"survived": survived, "lost": lost}
+    print(memory := load(200))
+    kept = {"rounds": arguments.rounds, "seed": arguments.seed, "faults": found, "two hundred epochs": memory}
+    text = json.dumps(kept | {"versions": noprop.made_with(noprop.CPU)}, indent=1)
+    (ROOT / "benchmarks/results/faults.json").write_text(text + "\n")
     return any(outcome == "LOST" for _, outcome in table)
 
 
