@@ -504,7 +504,8 @@ def main() -> int:
     (folder := Path(__file__).parent / "results").mkdir(exist_ok=True)
     path = folder / f"speed-{name_of_machine()}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}  # of other parts, measured earlier
-    by_part = kept.get("versions by part", {}) | dict.fromkeys(arguments.parts, RESULTS["versions"])
+    made = RESULTS["versions"] | {PEAK: RESULTS[PEAK]} if PEAK in RESULTS else RESULTS["versions"]
+    by_part = kept.get("versions by part", {}) | dict.fromkeys(arguments.parts, made)
     path.write_text(json.dumps(kept | RESULTS | {"versions by part": by_part}, indent=1) + "\n")
     return 0
 
