@@ -96,15 +96,15 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
 def test_what_may_change_when_a_run_is_resumed(tmp_path, capsys):
     """More epochs, and a patience that lets them be; a preset's epochs are those of a new run."""
     folder = [f"--output-dir={tmp_path}"]
-    state = noprop.State(noprop.Config(epochs=20, patience=1, num_blocks=1, block="deep"))
+    state = noprop.State(noprop.Config.reference(epochs=20, patience=1, num_blocks=1))
     state.save(tmp_path / "noprop_hybrid.pt", "")
     read, resume = noprop.read_command_line, [*folder, "--resume"]
-    assert read([*resume, "--preset=accurate"])[0].epochs == read(resume)[0].epochs == 20
+    assert read([*resume, "--preset=reference"])[0].epochs == read(resume)[0].epochs == 20
     assert read([*folder, "--preset=reference"])[0].epochs == 100
     changed = read([*resume, "--epochs=30", "--patience=9"])[0]
     assert (changed.epochs, changed.patience) == (30, 9)
     fails(capsys, 2, [*resume, "--epochs=12"], "--epochs 12 contradicts")
-    evaluate = ["--preset=accurate", f"--evaluate={tmp_path / 'noprop_hybrid.pt'}"]
+    evaluate = ["--preset=reference", f"--evaluate={tmp_path / 'noprop_hybrid.pt'}"]
     assert read(evaluate)[0] == state.config
 
 
