@@ -8,7 +8,6 @@ ten plain CNNs of benchmarks/control.py, whose seeds are others.
 """
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 
@@ -21,22 +20,18 @@ import noprop_example as noprop
 from benchmarks import control
 from benchmarks.evidence import DT, HEADLINE
 from benchmarks.intervals import packed
-from benchmarks.seeds import folder_of, keep_answers, network_of, summary_of
+from benchmarks.seeds import folder_of, keep_answers, network_of, sampling, summary_of
 
 BASE, *_ = HEADLINE
 
 
 @torch.inference_mode()
-def log_probabilities(model: noprop.NoProp, images: Tensor, temperature: float | None = None) -> Tensor:
-    """log p after every block, (N, T, classes); at a temperature other than its own, with DDPM's weights."""
+def log_probabilities(model: noprop.NoProp, images: Tensor) -> Tensor:
+    """log p after every block, (N, T, classes); with a temperature, of what evaluate() draws."""
     config, logits = model.config, []
-    if temperature is not None:
-        model = copy.deepcopy(model)
-        model.steps = noprop.reverse_steps(model.alpha_bar).tolist()
     for i, x in enumerate(images.split(500)):
         noise = noprop.generator(config.seed, "inference", 500 * i)
-        own = config.temperature if temperature is None else temperature
-        logits.append(model(noprop.to_float(x), own, noise))
+        logits.append(model(noprop.to_float(x), config.temperature, noise))
     return torch.cat(logits).double().log_softmax(-1)
 
 
@@ -52,7 +47,7 @@ def answers(seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
             found["its block 1"] = log_p[:, 0]
         if name == BASE or DT in flags:
             other = 1.0 if name == BASE else 0.0
-            found[f"{name}, at τ = {other:g}"] = log_probabilities(model, test.images, other)[:, -1]
+            found[f"{name}, at τ = {other:g}"] = log_probabilities(sampling(model, other), test.images)[:, -1]
         rows |= {row: packed(x, test.labels)[None] for row, x in found.items()}
         accuracy = 100 * (log_p[:, -1].argmax(-1) == test.labels).double().mean().item()
         if abs(accuracy - summary["test_accuracy"]) > 0.011:  # an image that another chip rounds otherwise

@@ -177,13 +177,19 @@ def best_test_accuracy(summary: dict) -> float:
     return max(epoch["test_accuracy"] for epoch in summary["history"])
 
 
-def inferred(model: noprop.NoProp, temperature: float, split: noprop.Split) -> dict:
-    """What evaluate() says of a network at another temperature, with DDPM's weights."""
+def sampling(model: noprop.NoProp, temperature: float) -> noprop.NoProp:
+    """A copy of a network that answers at another temperature, with DDPM's weights."""
     model = copy.deepcopy(model)
     model.steps = noprop.reverse_steps(model.alpha_bar, equal_weights=False).tolist()
-    config = replace(model.config, weights="ddpm", temperature=temperature)
+    model.config = replace(model.config, weights="ddpm", temperature=temperature)
+    return model
+
+
+def inferred(model: noprop.NoProp, temperature: float, split: noprop.Split) -> dict:
+    """What evaluate() says of a network at another temperature, with DDPM's weights."""
+    model = sampling(model, temperature)
     with noprop.workers(noprop.CPU, noprop.Options.threads) as parallel:
-        return noprop.evaluate(model, split, config, parallel)
+        return noprop.evaluate(model, split, model.config, parallel)
 
 
 def main() -> int:

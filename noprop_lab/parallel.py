@@ -83,9 +83,11 @@ def sendable(content: Any) -> Any:
 def on_first(function: Callable, *arguments) -> Any:
     """What function returns in the first process, in all of them; where it fails, all of them fail."""
     outcome: list[Any] = [None, None]
-    if rank_and_size()[0] == 0:
+    rank, size = rank_and_size()
+    if rank == 0:
         try:
-            outcome[0] = sendable(function(*arguments))
+            found = function(*arguments)
+            outcome[0] = sendable(found) if size > 1 else found
         except (Failure, FloatingPointError, SystemExit) as error:
             outcome[1] = error
     collective(dist.broadcast_object_list, outcome)

@@ -71,6 +71,7 @@ def test_a_weight_is_sent_once(monkeypatch):
     state = parallel.SharedState(LabConfig(num_blocks=2))
     state.gather()
     monkeypatch.setattr(parallel, "collective", lambda *_: None)
+    monkeypatch.setattr(parallel, "rank_and_size", lambda: (0, 2))
     parts = {name: state.part_state(name) for name in state.parts}  # as in a checkpoint that is read
     for content in (sent[0], parallel.on_first(lambda: parts)):
         pickled, numbers = bytes_of(content)
