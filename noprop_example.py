@@ -200,13 +200,11 @@ class NoProp(nn.Module):
     by_average: after t blocks the mean of their probabilities answers (see finish()); else block t alone.
     """
 
-    by_average = False
-
     def __init__(self, block, num_blocks, num_classes, embed_dim, image_shape, seed, equal_weights):
         super().__init__()
         self.image_shape, self.alpha_bar = tuple(image_shape), cosine_schedule(num_blocks)
         self.steps = reverse_steps(self.alpha_bar, equal_weights).tolist()
-        with seeded(seed, "embedding"):
+        with seeded(seed, "embedding"), workers(CPU, 1):  # one: last bits of a QR depend on their number
             self.label_embedding = nn.Embedding(num_classes, embed_dim)
             nn.init.orthogonal_(self.label_embedding.weight)  # orthonormal rows, if embed_dim >= num_classes
         self.blocks = nn.ModuleList()
@@ -327,7 +325,7 @@ class Failure(ValueError):
 
 @dataclass(frozen=True)
 class Checked:
-    """Settings of the types they say. Numbers are finite: ints (but for the seed) >= 1, floats >= 0."""
+    """Settings of the types they say. Ints (but for the seed) are >= 1 and < 2^31, floats finite and >= 0."""
 
     def __post_init__(self):
         for wrong, fault in self.faults():
@@ -342,10 +340,11 @@ class Checked:
                 check_type(value, kinds[name])
             except TypeCheckError as error:
                 yield True, f"{name} can't be {value!r}: {Failure(error)}"
-            least = int(kinds[name] in (int, int | None) and name != "seed")
+            whole = kinds[name] in (int, int | None) and name != "seed"
+            least, most, limit = (1, 2**31 - 1, "below 2^31") if whole else (0, sys.float_info.max, "finite")
             number = isinstance(value, int | float) and kinds[name] is not bool
-            wrong = number and (isinstance(value, bool) or not least <= value <= sys.float_info.max)
-            yield wrong, f"{name} must be at least {least}, and finite, not {value}"
+            wrong = number and (isinstance(value, bool) or not least <= value <= most)
+            yield wrong, f"{name} must be at least {least}, and {limit}, not {value}"
 
 
 @dataclass(frozen=True)
@@ -442,6 +441,8 @@ class Options(Checked):
         for field in () if self.run_hpo else fields(self):
             named = "hpo_" in field.name and getattr(self, field.name) != field.default
             yield named, f"{field.name} is of a search: leave it out"
+        for name in ("output_dir", "checkpoint_minutes") if self.evaluate or self.predict else ():
+            yield getattr(self, name) != getattr(type(self), name), f"{name} has no use here: leave it out"
 
     def checkpoint(self, config: Config) -> Path:
         """Where a run with that config keeps its network."""
@@ -540,7 +541,7 @@ def build(config: Config, device=CPU, content=None, block=None, kind: type[NoPro
     block = block or partial(DenoisingBlockPaper, size=SIZES[config.block])
     sizes = config.num_blocks, config.num_classes, config.dim, config.image_shape
     model = kind(partial(block, target=config.target), *sizes, config.seed, config.weights == "equal")
-    model.config = config
+    model.config, model.by_average = config, False
     if content:
         try:
             model.eval().load_state_dict(content["model"])
@@ -561,12 +562,10 @@ def workers(device: torch.device, threads: int) -> Iterator[Callable]:
     with suppress(AttributeError, TypeError):  # glibc: keep freed memory, or page faults take 10 % of a step
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-    torch.set_num_threads(1 if cpu else before)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool.map if cpu and threads > 1 else map
-    finally:
-        torch.set_num_threads(before)
+    with ExitStack() as restore, ThreadPoolExecutor(threads) as pool:
+        restore.callback(torch.set_num_threads, before)
+        torch.set_num_threads(1 if cpu else before)
+        yield pool.map if cpu and threads > 1 else map
 
 
 def flatten(part: nn.Module) -> nn.Parameter:
@@ -602,12 +601,11 @@ class State:
         self.parts, self.tensors, self.holders = {}, {}, {}
         for name, module in self.model.parts().items():
             both = self.averaged.get_submodule(name), module
-            average, vector = map(flatten, both)
+            self.tensors[name] = [[flatten(x), *filter(Tensor.is_floating_point, x.buffers())] for x in both]
+            vector = self.parts[name] = self.tensors[name][1][0]
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
             optimizer = torch.optim.AdamW([vector], weight_decay=decay, fused=device.type in ("cpu", "cuda"))
-            statistics = [[x for x in module.buffers() if x.is_floating_point()] for module in both]
-            self.tensors[name] = [average.detach(), *statistics[0]], [vector.detach(), *statistics[1]]
-            self.parts[name], self.holders[name] = vector, (*both, optimizer)
+            self.holders[name] = *both, optimizer
         self.step, self.lr, self.seconds, self.selected_epoch, self.by_average = 0, 0.0, 0.0, 0, False
         self.history, self.selected, self.started = [], self.averaged.state_dict(), time.perf_counter()
         self.log: list[Tensor] = []  # a row a step of this epoch: losses, then gradient norms
@@ -622,7 +620,7 @@ class State:
         if name == "label_embedding":
             self.model.label_embedding.weight.data.renorm_(2, 0, self.config.max_norm_embed)  # each row
         for averaged, x in zip(*self.tensors[name], strict=True):
-            averaged.lerp_(x, self.fresh)
+            averaged.data.lerp_(x.data, self.fresh)
         return norm
 
     def draw(self, t: int, purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
@@ -951,8 +949,7 @@ def read_digit(path: Path) -> Tensor:
             upright = ImageOps.exif_transpose(file).convert("RGBA")
         alpha, shade = (np.asarray(x, np.float32) for x in (upright.getchannel("A"), upright.convert("L")))
         light = 0 < alpha.mean() < 128 and np.average(shade, weights=alpha) > 128  # ink on nothing
-        ground = Image.new("RGBA", upright.size, "black" if light else "white")
-        gray = np.asarray(Image.alpha_composite(ground, upright).convert("L"), np.float32)
+        gray = (shade * alpha + (0 if light else 255) * (255 - alpha)) / 255
     except Exception as error:  # a damaged file can raise anything here
         raise Failure(f"cannot read the image {path}: {Failure(error)}") from error
     ink = np.abs(gray - np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
@@ -1049,7 +1046,8 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     """train(), saved after every epoch and every checkpoint_minutes; 0, or 128 + the signal that ended it."""
     path, digest, saved = options.checkpoint(state.config), data.digest(), time.monotonic()
     steps = state.config.epochs * (len(data.train.labels) // state.config.batch_size)
-    with tqdm(total=steps, initial=state.step, file=sys.stdout, disable=None, leave=False) as bar:
+    seen = None if sys.stdout else True  # None: on a terminal; a program may have no output at all
+    with tqdm(total=steps, initial=state.step, file=sys.stdout, disable=seen, leave=False) as bar:
         for record in train(state, data, step, options.threads, steps_too=True):
             bar.update(state.step - bar.n)
             stop = signalled()
@@ -1113,7 +1111,10 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
             raise Failure(f"{content['path']} was written by another run meanwhile: start again")
         with signals() as signalled:
             if content:
-                state.resume(content, data.digest())
+                try:
+                    state.resume(content, data.digest())
+                except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+                    raise Failure(f"{content['path']} lacks what resuming needs: {Failure(error)}") from error
             else:
                 keep_older(options.checkpoint(state.config))
             weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
@@ -1201,10 +1202,8 @@ def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
 
 def search(config: Config, options: Options, device: torch.device) -> int:
     """Search with Optuna, train with the best settings; returns the exit code. No trial sees a test image."""
-    from optuna.exceptions import OptunaError
     from optuna.trial import TrialState
     from sqlalchemy import URL
-    from sqlalchemy.exc import SQLAlchemyError
 
     load_data(config, options.data_root, device)  # what can't be read ends a search before it begins
     path = options.output_dir / "noprop_hpo.db"
@@ -1227,7 +1226,8 @@ def search(config: Config, options: Options, device: torch.device) -> int:
                 study.optimize(objective, n_trials=1, callbacks=[print_trial])  # the lab's may work beside it
             complete = study.get_trials(states=[TrialState.COMPLETE])
         except Exception as error:  # where Optuna can't even write that a trial failed, its own hides this
-            found = [x for x in (error, error.__context__) if isinstance(x, SQLAlchemyError | OptunaError)]
+            known = "sqlalchemy|optuna|builtins: The runtime optuna version"  # modules, and one plain error
+            found = [x for x in (error, error.__context__) if re.match(known, f"{type(x).__module__}: {x}")]
             if not found:
                 raise
             raise Failure(f"{path}: {Failure(found[0].__cause__ or found[0])}", 1) from error
@@ -1241,13 +1241,12 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     write_file(options.output_dir / "hpo_best.json", json.dumps(config.saved(), indent=1).encode())
     say("\nThe best, now in hpo_best.json, and trained with:")
     print_trial(study, best)
-    there = {}
-    with suppress(Failure):  # there is none, or it is damaged, or the lab's
+    data, content = load_data(config, options.data_root, device), None
+    with suppress(Failure, KeyError):  # there is none, or it is damaged, or the lab's, or weights alone
         there = read_checkpoint(options.checkpoint(config))
-    data = load_data(config, options.data_root, device)
-    begun = there.get("config") == config and there.get("data") == data.digest()  # weights alone have none
-    begun = begun and there["made_with"]["device"] == device.type
-    return run(State(config, device), data, options, there if begun else None)
+        begun = there["config"], there["data"], there["made_with"]["device"]
+        content = there if begun == (config, data.digest(), device.type) else None
+    return run(State(config, device), data, options, content)
 
 
 # --- Main --------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path else {}
         settings = dict(content.get("config", content))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Failure(f"cannot use {path} as hpo_best.json: {Failure(error)}") from error
     return {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
 
@@ -278,6 +278,7 @@ def merge(arguments: list[str]) -> int:
         )
     )
     names = ("preset", "config", "resume", "objective", "dataset", "blocks", "embedding_from", "graphs")
+    names += ("checkpoint_minutes",)
     flags = [f"--{x.replace('_', '-')}" for x in names if getattr(options, x) != getattr(LabOptions, x)]
     flags += [x for x in rest if x.startswith("-")]
     if flags:
@@ -295,6 +296,8 @@ def weights(arguments: list[str]) -> int:
     source, target = map(Path, arguments)
     if os.path.exists(target):
         raise Failure(f"{target} is there already: remove it, or choose another name")
+    if not target.parent.is_dir():
+        raise Failure(f"there is no folder {target.parent}")
     noprop.write_file(target, content := weights_only(source))
     say(f"{target}: {len(content) / 1e6:.2f} MB, for evaluate and predict.")
     return 0

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from filelock import FileLock, Timeout
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from sqlalchemy import URL, event, make_url
@@ -28,7 +29,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLA
 import noprop_example as noprop
 from noprop_example import Data, Failure, say, standard_error
 from noprop_lab.data import with_augmentation
-from noprop_lab.networks import read_checkpoint
+from noprop_lab.networks import LabState, read_checkpoint
 from noprop_lab.settings import LabConfig, LabOptions, WholeConfig
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
@@ -291,10 +292,16 @@ def search(
 
 
 def begun(path: Path, config: LabConfig, images: str) -> dict[str, Any] | None:
-    """The contents of a checkpoint of just this config and these images, to go on from; or None."""
+    """The contents of a checkpoint of just this config and these images, to go on from; or None.
+
+    A fixed embedding is that of the config, and not another network's.
+    """
     try:
         content = read_checkpoint(path)
     except Failure:
         return None
     fits = content["config"].saved() == config.saved() and content.get("data") == images
+    if fits and config.embedding == "fixed":
+        models = LabState(config).model.state_dict(), content["model"]
+        fits = torch.allclose(*(x["label_embedding.weight"] for x in models), rtol=0, atol=1e-5)
     return content if fits else None

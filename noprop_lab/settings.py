@@ -192,6 +192,8 @@ class LabOptions(Options):
         fault = "--embedding-from is of training: a search has the embedding that it starts from"
         yield self.run_hpo and self.embedding_from, fault
         yield self.graphs and asks, "--graphs is of training: leave it out"
+        for name in ("blocks", "hpo_storage"):  # of a shell's variable that is not set
+            yield getattr(self, name) == "", f"{name} is empty: leave it out, or say which"
         fault = f"search, evaluate and predict take all blocks, not {self.blocks} alone"
         yield self.blocks and (self.run_hpo or asks), fault
 

@@ -105,6 +105,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--lr", "nan"], "lr must be at least 0, and finite"),
         (["--eta-min", "1"], "eta_min must be lr (0.014) at most"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
+        (["--embed-dim", "1" + 18 * "0"], "embed_dim must be at least 1, and below 2^31"),
         (["--ema-decay", "1"], "ema_decay must be"),
         (["--grad-clip", "0"], "grad_clip 0 leaves nothing to learn by"),
         (["--max-norm-embed", "0"], "max_norm_embed 0 leaves nothing to learn by"),
@@ -119,6 +120,11 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--output-dir", "/proc/nowhere"], "cannot write into --output-dir"),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
         (["--predict", "nothing.pt", "a.png"], "cannot read nothing.pt"),
+        (
+            ["--predict", "nothing.pt", "a.png", "--checkpoint-minutes=1"],
+            "checkpoint_minutes has no use here",
+        ),
+        (["--evaluate", "nothing.pt", "--output-dir=x"], "output_dir has no use here"),
     ],
 )
 def test_bad_flags(capsys, tmp_path, monkeypatch, arguments, word):

@@ -272,6 +272,11 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --config none.json", "cannot use none.json as hpo_best.json: No such file"),
         ("train --config speed.json", "cannot use speed.json: speed is no setting of this"),
         ("train --config svhn.json", "dataset can't be"),
+        ("train --config deep.json", "cannot use deep.json"),
+        ("train --blocks= --data-root=none", "blocks is empty"),
+        ("search --hpo-storage= --data-root=none", "hpo_storage is empty"),
+        ("weights F none/x.pt", "there is no folder none"),
+        ("merge a b --checkpoint-minutes 1", "merge takes no --checkpoint-minutes"),
         ("train --image-size 20", "image_size must be at least 28"),
         ("train --image-size 64", "image_size is of dataset folder"),
         ("train --evaluate F", "--evaluate is a command: python -m noprop_lab evaluate"),
@@ -323,6 +328,7 @@ def test_what_is_refused_is_named(arguments, word, two_networks, tmp_path, monke
     (tmp_path / "speed.json").write_text('{"speed": 1}')
     (tmp_path / "set.json").write_text('{"dataset": "mnist"}')
     (tmp_path / "svhn.json").write_text('{"dataset": {"svhn": []}}')
+    (tmp_path / "deep.json").write_text("[" * 200_000)
     part = {"blocks": "1-2", "embedding": "fixed", "select": "last"}
     (tmp_path / "part.json").write_text(json.dumps(part))
     before = set(tmp_path.iterdir())
@@ -394,9 +400,9 @@ def test_an_embedding_that_a_run_does_not_have_is_refused(tmp_path, capsys):
 def test_a_networks_data_set_may_bring_settings_that_the_run_had_otherwise(tmp_path):
     """Of Fashion-MNIST with the small block: its own default is the deep one."""
     path = untrained(tmp_path, LabConfig(num_blocks=3, dataset="fashion_mnist", epochs=2))
-    for command, flags in (("train", ["--resume"]), ("evaluate", [str(path)]), ("predict", [str(path), "a"])):
-        flags += ["--dataset=fashion_mnist", f"--output-dir={tmp_path}"]
-        assert lab.read_command_line(command, flags)[0].block == "small"
+    resume = ["--resume", f"--output-dir={tmp_path}"]
+    for command, flags in (("train", resume), ("evaluate", [str(path)]), ("predict", [str(path), "a"])):
+        assert lab.read_command_line(command, [*flags, "--dataset=fashion_mnist"])[0].block == "small"
 
 
 # --- Whose checkpoint is read by whom ----------------------------------------------------------------------

@@ -92,10 +92,11 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
     for change, word in (
         ({"data": "x"}, "trained on other images"),
         ({"step": 9}, "not trained equally long"),
+        ({"history": []}, "not trained equally long"),  # as one that was stopped in an epoch's last step
         ({"made_with": {"device": "mps"}}, "parts of an Apple GPU and of others"),
     ):
         content = contents(Path(files[1]))
-        (content["training"] if "step" in change else content).update(change)
+        (content["training"] if {"step", "history"} & {*change} else content).update(change)
         torch.save(content, tmp_path / "other.pt")
         refused(capsys, 2, [*command, files[0], str(tmp_path / "other.pt"), files[2]], word)
     few = lab.load_data
@@ -106,6 +107,20 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
     monkeypatch.setattr(lab, "load_data", fewer)
     refused(capsys, 2, [*command, *files], "the images are not those that")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_that_another_chip_has_rounded_otherwise_fits(parts, tmp_path, capsys):
+    """The first file's is kept; one of another seed does not fit (below)."""
+    files = [parts / name / "noprop_hybrid.pt" for name in ("1", "2", "3")]
+    content = contents(files[1])
+    content["model"]["label_embedding.weight"] += 1e-7
+    files[1] = tmp_path / "other.pt"
+    torch.save(content, files[1])
+    assert lab.main(["merge", *map(str, files), f"--output-dir={tmp_path / 'out'}"]) == 0
+    assert "is kept" in capsys.readouterr().out
+    merged, first = checkpoint(tmp_path / "out"), contents(files[0])
+    name = "label_embedding.weight"
+    assert torch.equal(merged["model"][name], first["model"][name])
 
 
 @pytest.mark.parametrize(

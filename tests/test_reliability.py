@@ -1,6 +1,7 @@
 """Nothing is lost: exact resume, whole files, one run a folder."""
 
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -222,6 +223,20 @@ def test_a_signal_after_the_last_step_does_not_stop_a_finished_run(tmp_path, mon
     monkeypatch.setattr(noprop, place, interrupted)
     assert noprop.main(tiny_flags(tmp_path)) == 0
     assert "Stopped" not in capsys.readouterr().out and (tmp_path / "noprop_hybrid.json").exists()
+
+
+def test_a_program_without_any_output_trains(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert noprop.main(flags) == 0 and (tmp_path / "noprop_hybrid.json").exists()
+
+
+def test_a_checkpoint_without_what_resuming_needs_is_a_line(flags, tmp_path, capsys):
+    assert noprop.main(flags) == 0
+    content = torch.load(path := tmp_path / "noprop_hybrid.pt", weights_only=True)
+    for lack in ({"training": {}}, {"training": content["training"] | {"parts": {}}}):
+        torch.save(content | lack, path)
+        fails(capsys, 2, ["--resume", f"--output-dir={tmp_path}"], "lacks what resuming needs")
 
 
 def test_signals_are_as_before_afterwards_and_in_a_thread_there_are_none(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from conftest import TINY, fails, noprop, small_disk
 from laboratory import contents, equal
 
@@ -86,6 +87,18 @@ def test_what_is_there_already_is_kept_where_it_can_not_be_read(tmp_path):
     assert search(tmp_path, hpo_trials=1) == 0
     assert (tmp_path / "noprop_hybrid.1.pt").read_text() == "damaged"
     assert noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")
+
+
+def test_another_run_that_is_there_is_kept_and_not_gone_on_with(tmp_path):
+    """Of other settings, of other images, of another device, and one of weights alone."""
+    assert search(tmp_path, hpo_trials=1) == 0
+    made = contents(path := tmp_path / "noprop_hybrid.pt")
+    lack = {name: x for name, x in made.items() if name != "data"}
+    others = {"config": made["config"] | {"lr": 0.5}}, {"data": "x"}, {"made_with": {"device": "mps"}}
+    for number, other in enumerate([*(made | x for x in others), lack], start=1):
+        torch.save(other, path)
+        assert search(tmp_path, hpo_trials=1) == 0
+        assert equal(contents(tmp_path / f"noprop_hybrid.{number}.pt"), other)
 
 
 def test_a_search_sees_no_test_image_and_judges_by_validation(tmp_path, small_data, monkeypatch):
@@ -212,6 +225,18 @@ def test_bad_input(tmp_path, capsys, monkeypatch, more, word):
 def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
     (tmp_path / "noprop_hpo.db").write_text("this is a text" * 1000)
     fails(capsys, 1, flags(tmp_path), "noprop_hpo.db", "file is not a database")
+
+
+def test_a_database_of_another_version_of_optuna_is_a_line(tmp_path, capsys, monkeypatch):
+    create = optuna.create_study
+
+    def made(storage=None, **how):
+        if storage:
+            raise RuntimeError("The runtime optuna version 5 is no longer compatible with the table schema")
+        return create(**how)
+
+    monkeypatch.setattr(optuna, "create_study", made)
+    fails(capsys, 1, flags(tmp_path), "noprop_hpo.db: The runtime optuna version")
 
 
 def test_a_signal_at_the_end_of_the_last_trial_is_heard(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from conftest import CPU, ended, noprop, start
 from filelock import FileLock, Timeout
 from laboratory import contents, equal, few_images, flags_of, lab, quick_lab, refused
@@ -88,6 +89,10 @@ def test_a_final_run_goes_on_from_just_its_settings_and_images(tmp_path):
     LabState(config := LabConfig(num_blocks=1)).save(path := tmp_path / "noprop_hybrid.pt", "of these")
     assert hpo.begun(path, config, "of these") and not hpo.begun(path, config, "of others")
     assert not hpo.begun(path, replace(config, lr=0.02), "of these")
+    fixed = replace(config, embedding="fixed")
+    for embedding, fits in ((None, True), (torch.zeros(10, 20), False)):  # --embedding-from another
+        LabState(fixed, embedding=embedding).save(path, "of these")
+        assert bool(hpo.begun(path, fixed, "of these")) == fits
 
 
 @pytest.mark.draws
