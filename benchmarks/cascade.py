@@ -167,30 +167,27 @@ READINGS = {"mean": "mean of all", "late": "mean of the later half", "last": "th
 
 
 def apart(trials: list[Trial], reading: str) -> list[str]:
-    """Accuracy and loss of an arm less those of the CNNs: with intervals over seeds and images, by fold.
+    """Accuracy and loss of an arm less those of the CNNs: with intervals over seeds and images.
 
     Of two seeds each by itself: they say nothing of a spread. Of one, the interval is over images.
     """
 
-    def kept(trials: list[Trial], reading: str) -> np.ndarray:
-        return np.stack([np.load(x.answers)[reading] for x in trials])[:, None]  # (seeds, 1, 2, N)
+    seeds = len({x.seed for x in trials})
 
-    pairs = {}  # by fold: of the chains, and of the CNNs
-    for fold in sorted({x.fold for x in trials}):
-        chains = [x for x in trials if x.fold == fold]
-        pairs[fold] = kept(chains, reading), kept([x._replace(arm=CNNS) for x in chains], "mean")
+    def kept(trials: list[Trial], reading: str) -> np.ndarray:
+        answers = np.stack([np.load(x.answers)[reading] for x in trials])  # by fold, in each by seed
+        return answers.reshape(-1, seeds, 1, *answers.shape[1:])  # (folds, seeds, 1, 2, N)
+
+    rows = {"NoProp": kept(trials, reading)}  # so resampled() calls a chain
+    rows[CNNS] = kept([x._replace(arm=CNNS) for x in trials], "mean")
     cells = []
     for which, digits in ((0, 2), (1, 4)):
-        if len({x.seed for x in trials}) == 2:
-            means = [[intervals.right_and_loss(x)[which].mean((1, 2)) for x in y] for y in pairs.values()]
-            cells.append(", ".join(f"{x - y:+.{digits}f}" for x, y in np.mean(means, 0).T))
-            continue
-        drawn = []
-        for fold, pair in pairs.items():
-            rows = dict(zip(("NoProp", CNNS), pair, strict=True))  # so resampled() calls a chain
-            found = intervals.resampled(rows, which, stream=fold)
-            drawn.append(found["NoProp"] - found[CNNS])
-        cells.append(intervals.interval(np.mean(drawn, 0), digits))
+        if seeds == 2:
+            means = [intervals.right_and_loss(x)[which].mean((0, 2, 3)) for x in rows.values()]
+            cells.append(", ".join(f"{x - y:+.{digits}f}" for x, y in zip(*means, strict=True)))
+        else:
+            drawn = intervals.resampled(rows, which)
+            cells.append(intervals.interval(drawn["NoProp"] - drawn[CNNS], digits))
     return cells
 
 

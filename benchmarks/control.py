@@ -265,16 +265,17 @@ def differences(title: str, accuracy: dict, loss: dict, pairs: dict[str, tuple[s
     return lines
 
 
-def short_table(rows: dict[str, np.ndarray], title: str, pairs: dict[str, tuple[str, str]]) -> str:
-    """The Markdown tables of a data set: rows beside ten CNNs, and differences(); rows: (R, n, 2, N) each."""
-    columns = "", "accuracy", "nll", "ECE", "accuracy − ten CNNs'", "nll − ten CNNs'"
+def short_table(rows: dict[str, np.ndarray], title: str, pairs: dict, rival: str = TEN) -> str:
+    """The Markdown tables of a data set: rows beside a rival, and differences(); rows: (R, n, 2, N) each."""
+    less = f"− {rival.removesuffix(', averaged')}'"
+    columns = "", "accuracy", "nll", "ECE", f"accuracy {less}", f"nll {less}"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     accuracy, loss = (resampled(rows, which) for which in (0, 1))
     for name, kept in rows.items():
         values = zip(measured(kept), (2, 4, 2), strict=True)
         cells = [mean_and_error(x, digits).removesuffix(" ± nan") for x, digits in values]
-        apart = interval(accuracy[name] - accuracy[TEN], 2), interval(loss[name] - loss[TEN], 4)
-        lines.append(f"| {' | '.join([name, *cells, *(apart if name != TEN else ('', ''))])} |")
+        apart = interval(accuracy[name] - accuracy[rival], 2), interval(loss[name] - loss[rival], 4)
+        lines.append(f"| {' | '.join([name, *cells, *(apart if name != rival else ('', ''))])} |")
     return "\n".join([*lines, "", *differences(title, accuracy, loss, pairs)])
 
 
@@ -361,6 +362,14 @@ def needs_control(given: argparse.Namespace) -> None:
         if not answers_of(given.dataset, replicate).exists():
             first = f"run python benchmarks/control.py {given.dataset} --replicates {given.replicates} first"
             raise SystemExit(f"error: the control has no replicate {replicate} of {given.dataset}: {first}")
+
+
+def beside(path: Path) -> dict[str, np.ndarray]:
+    """The control's answers of the replicate whose others are in a file, such as rivals-mnist-0.npz."""
+    dataset, replicate = path.stem.split("-")[-2:]
+    if not (own := answers_of(dataset, int(replicate))).exists():
+        raise SystemExit(f"error: no {own}: run python benchmarks/control.py {dataset} first")
+    return np.load(own)
 
 
 def load_images(given: argparse.Namespace) -> noprop.Data:

@@ -9,7 +9,7 @@
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
     python benchmarks/evidence.py paper                  the paper's table, in runs of 200 s at most (1 hour);
                                                          --fashion-mnist DIR: on that too (2 hours)
-    python benchmarks/evidence.py fashion                Fashion-MNIST with its own settings (3 hours);
+    python benchmarks/evidence.py fashion                Fashion-MNIST with its own settings (5 hours);
                                                          takes --fashion-mnist DIR
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
 
@@ -42,6 +42,7 @@ from benchmarks.seeds import (
     best_test_accuracy,
     folder_of,
     inferred,
+    keep_answers,
     mean,
     mean_and_error,
     network_of,
@@ -56,7 +57,7 @@ from noprop_lab.settings import LabConfig, WholeConfig
 
 RESULTS = Path(__file__).parent / "results"
 Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
-P, SEEDS = "p, Holm", "seeds"
+P, SEEDS, LESS = "p, Holm", "seeds", "less the first row's, 95 % interval"
 
 DT = "--objective=dt"
 LAST = [DT, "--updates=last"]  # cross-entropy and KL term once a step, blocks side by side
@@ -91,7 +92,6 @@ OBJECTIVES = {  # name: flags, beside two epochs
     "NoProp-DT, prototypes, as near as one-hot": [DT, PROTOTYPES, NEAR],
     "one update a step, embedding learned": LAST,
     "one update a step, embedding learned, learning rate 0.003": [*LAST, "--lr=0.003"],
-    "one update a step, one-hot": [*LAST, ONE_HOT],
     "the same chain by backpropagation": ["--objective=backprop"],
     "the paper's backpropagation, one-hot": [*RIVAL, ONE_HOT],
     "the paper's backpropagation, one-hot, learning rate 0.004": [*RIVAL, ONE_HOT, "--lr=0.004"],
@@ -190,12 +190,13 @@ def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows
         name: {
             SEEDS: missing,
             "test accuracy": [x["test_accuracy"] for x in of_one],
-            "cut after block 1": [x["test_accuracy_by_blocks"][0] for x in of_one],
-            "mean of all blocks": [x["test_accuracy_average"] for x in of_one],
             "best test epoch": [best_test_accuracy(x) for x in of_one],
             "epochs": [x["epochs"] for x in of_one],
         }
     }
+    if not flags:  # others have one block, or answer from a z_1 of nearly pure noise
+        found[name]["cut after block 1"] = [x["test_accuracy_by_blocks"][0] for x in of_one]
+        found[name]["mean of all blocks"] = [x["test_accuracy_average"] for x in of_one]
     for temperature, wanted in ((1.0, not flags), (0.0, DT in flags)):
         if wanted:
             models = (network_of(folder_of(flags, seed)) for seed in missing)
@@ -219,17 +220,17 @@ def timed(rows: Rows) -> Rows:
     return rows
 
 
-def accuracy(split: noprop.Split, answer: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Percent right of answer(images (B, 1, 28, 28), labels (B,)), class scores (B, classes)."""
+def right_ones(split: noprop.Split, answer: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+    """Whether answer(images (B, 1, 28, 28), labels (B,)), class scores (B, classes), is right, (N,) bools."""
 
     @torch.inference_mode()
-    def right(batch: tuple[Tensor, Tensor]) -> int:
+    def right(batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        return int((answer(noprop.to_float(images), labels).argmax(-1) == labels).sum())
+        return answer(noprop.to_float(images), labels).argmax(-1) == labels
 
     batches = list(zip(split.images.split(500), split.labels.split(500), strict=True))
     with noprop.workers(noprop.CPU, noprop.Options.threads) as parallel:
-        return 100 * sum(parallel(right, batches)) / len(split.labels)
+        return torch.cat(list(parallel(right, batches))).numpy()
 
 
 def answer_of(model: noprop.NoProp, blocks, steps, images: Tensor, z: Tensor, *sampling, mean=False):
@@ -244,8 +245,8 @@ def answer_of(model: noprop.NoProp, blocks, steps, images: Tensor, z: Tensor, *s
     return model.classify(z / model.alpha_bar[len(blocks)].item() ** 0.5 if mean else u_hat, z)
 
 
-def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
-    """Test accuracies of a trained network, used rightly and wrongly."""
+def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, np.ndarray]:
+    """On which test images a trained network is right, (N,) bools, used rightly and wrongly."""
     T, D, blocks, steps = len(model.blocks), model.label_embedding.embedding_dim, model.blocks, model.steps
     fresh = noprop.build(replace(model.config, seed=99)).eval().blocks  # untrained
     ddpm = noprop.reverse_steps(model.alpha_bar, equal_weights=False).tolist()
@@ -313,14 +314,27 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, float]:
             T, 0 * x, true_label(T, x, y)
         ),
     }
-    return {name: accuracy(test, answer) for name, answer in found.items()}
+    return {name: right_ones(test, answer) for name, answer in found.items()}
+
+
+def ladder_rows(models: list[noprop.NoProp], test: noprop.Split) -> Rows:
+    """Accuracies by ladder_of(), and what tells them from the first; keeps which images are right."""
+    found = [ladder_of(model, test) for model in models]
+    for model, rows in zip(models, found, strict=True):
+        path = RESULTS / f"ladder-{getattr(model.config, 'dataset', 'mnist')}-{model.config.seed}.npz"
+        keep_answers(path, names=np.array([*rows]), right=np.packbits([*rows.values()], axis=1))
+    base, *_ = found[0]
+    drawn = intervals.resampled({x: intervals.as_kept([rows[x] for rows in found]) for x in found[0]}, 0)
+    return {
+        name: {"test accuracy": [100 * rows[name].mean() for rows in found]}
+        | ({LESS: intervals.numbers(x - drawn[base])} if name != base else {})
+        for name, x in drawn.items()
+    }
 
 
 def ladder(seeds: range) -> Rows:
     """What does the chain of blocks do? Networks of the default, used rightly and wrongly."""
-    test = noprop.load_data(noprop.Config()).test
-    results = [ladder_of(model, test) for model in networks(seeds)]
-    return {name: {"test accuracy": [result[name] for result in results]} for name in results[0]}
+    return ladder_rows(networks(seeds), noprop.load_data(noprop.Config()).test)
 
 
 def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
@@ -342,7 +356,10 @@ def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
         noise = noprop.generator("evidence")
         return answer_of(model, blocks, steps, images, model.start(images, tau, noise), tau, noise)
 
-    return {name: accuracy(val, lambda x, y, how=how: sample(*how, x)) for name, how in variants.items()}
+    return {
+        name: 100 * right_ones(val, lambda x, y, how=how: sample(*how, x)).mean()
+        for name, how in variants.items()
+    }
 
 
 def differences(columns: dict[str, list[float]]) -> Rows:
@@ -437,31 +454,46 @@ def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
     return rows
 
 
+def fashion_flags(fashion_mnist: Path) -> dict[str, list[str]]:
+    """The flags of FASHION's runs, with the data in that folder."""
+    of_set = ["--threads=1", "--dataset=fashion_mnist", f"--data-root={fashion_mnist}"]
+    return {name: [*own, *of_set] for name, own in FASHION.items()}
+
+
+def three_cnns(seed: int) -> range:
+    """The seeds of the plain CNNs that stand beside the chain of three blocks of a seed."""
+    return range(3 * seed, 3 * seed + 3)
+
+
 def fashion(seeds: range, fashion_mnist: Path) -> Rows:
     """What does Fashion-MNIST have with settings of its own? And what does the chain of three blocks do?"""
-    of_set = ["--threads=1", "--dataset=fashion_mnist", f"--data-root={fashion_mnist}"]
-    flags, rows = {name: [*own, *of_set] for name, own in FASHION.items()}, {}
+    flags, rows = fashion_flags(fashion_mnist), {}
     columns = {"test accuracy": "accuracy", "nll": "loss"}
-    for name, found in run(flags, seeds, at_once=2).items():
+    *chained, cnn = flags
+    runs = run({name: flags[name] for name in chained}, seeds, at_once=2)
+    runs |= run({cnn: flags[cnn]}, [x for seed in seeds for x in three_cnns(seed)], at_once=2)
+    for name, found in runs.items():
         rows[name] = {column: [x[f"test_{key}"] for x in found] for column, key in columns.items()}
         for column, key in columns.items() if not FASHION[name] else ():
             rows[name][f"{column} of the blocks' mean"] = [x[f"test_{key}_average"] for x in found]
         rows[name]["accuracy, validation images"] = [x["val_accuracy"] for x in found]
         rows[name]["epochs"] = [x["epochs"] for x in found]
-    models = {name: [network_of(folder_of(own, seed)) for seed in seeds] for name, own in flags.items()}
-    chains, dt, _, cnns = models.values()
+    models = {name: [network_of(folder_of(flags[name], seed)) for seed in seeds] for name in chained}
+    chains, dt, _ = models.values()
     test = load_data(chains[0].config, fashion_mnist).test
-    shares = torch.stack([x.probabilities(test.images)[:, -1] for x in cnns]).mean(0)
-    right, loss = shares.argmax(-1) == test.labels, F.nll_loss(shares.log(), test.labels)
-    row = {"test accuracy": [100 * right.float().mean().item()], "nll": [loss.item()]}
-    rows[f"{NUMBERS[len(cnns)]} of these, averaged"] = row
+    averages = rows.setdefault("three of these, averaged", {column: [] for column in columns})
+    for seed in seeds:
+        three = [network_of(folder_of(flags[cnn], x)) for x in three_cnns(seed)]
+        shares = torch.stack([x.probabilities(test.images)[:, -1] for x in three]).mean(0)
+        right, loss = shares.argmax(-1) == test.labels, F.nll_loss(shares.log(), test.labels)
+        averages["test accuracy"].append(100 * right.float().mean().item())
+        averages["nll"].append(loss.item())
     found = [inferred(model, 0.0, test) for model in dt]
     row = {column: [x[key][-1] for x in found] for column, key in columns.items()}
     rows["NoProp-DT, one-hot, at τ = 0"] = row
-    ladders = [ladder_of(model, test) for model in chains]
-    _, *names = ladders[0]  # its first row is the chain, which is there already
-    rows |= {name: {"test accuracy": [x[name] for x in ladders]} for name in names}
-    for name, [first, *_] in models.items():
+    _, *others = ladder_rows(chains, test).items()  # the chain is there already
+    rows |= dict(others)
+    for name, [first, *_] in (models | {cnn: three}).items():
         cores = 1 if isinstance(first.config, WholeConfig) else 2  # as its run had
         rows[name][f"seconds, cores: {cores}"] = [mib_and_seconds(first.config, cores)[1]]
     return rows
@@ -507,6 +539,8 @@ def cell(column: str, values: list[float]) -> str:
         return str(len(values))
     if column == P:
         return f"{values[0]:.3f}" if values[0] >= 0.001 else "< 0.001"
+    if column == LESS:
+        return intervals.shown(values, 2)
     digits = {"seconds": 0, "epochs": 0, "GFLOP": 0, "MiB": 1, "nll": 3}
     places = next((n for word, n in digits.items() if word in column), 2)
     return mean(values[:1] if column == "epochs" else values, places).removesuffix(" ± nan")
@@ -629,11 +663,13 @@ def main() -> int:
         parser.error("a standard error takes at least 2 seeds")
     name, first = arguments.table, arguments.first_seed
     found = kept(name)
-    columns = [column for row in found.get("rows", {}).values() for column in row.items()]
-    fewer = name not in ("headline", "cheaper") and any(len(x) > arguments.seeds for _, x in columns)
-    if fewer or (name == "paper" and any("Fashion" in x for x, _ in columns) and not arguments.fashion_mnist):
+    first_row = next(iter(found.get("rows", {}).values()), {})
+    fewer = name not in ("headline", "cheaper") and any(len(x) > arguments.seeds for x in first_row.values())
+    if fewer or (name == "paper" and "Fashion" in str([*first_row]) and not arguments.fashion_mnist):
         parser.error(f"{results_file(name)} holds more than that: ask for as much, or move it away")
     if arguments.times:
+        if missing := HEADLINE.keys() - found.get("rows", {}).keys():
+            parser.error(f"{results_file(name)} lacks {', '.join(missing)}: leave --times out first")
         timed(found["rows"])
     else:
         more = [x for x in (arguments.fashion_mnist, arguments.rows) if x]

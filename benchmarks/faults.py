@@ -2,8 +2,9 @@
 
     python benchmarks/faults.py --rounds 200
 
-Starts the script, kills it at uniformly random moments (it saves after every step: often it is writing) and
-resumes it; compares the final weights, averages, optimizers and history with those of an undisturbed run.
+Starts the script, kills it at a random moment of what is left of its training and evaluation (it saves after
+every step: often it is writing) and resumes it; where it has ended before, that is no kill. Compares the last
+weights, averages, optimizers and history with those of an undisturbed run.
 Flips bits of and truncates checkpoints and data files. Limits the size of files, as a full disk does.
 Prints a table, and keeps it in benchmarks/results/faults.json.
 """
@@ -13,6 +14,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -40,6 +42,7 @@ RUN = [
     "--batch-size=256",
 ]
 RUN += ["--num-blocks=3", "--checkpoint-minutes=1e-9"]
+STEPS = 4 * (4096 // 256)
 
 
 def digest(value) -> str:
@@ -70,22 +73,31 @@ def finish(folder: Path) -> bool:
     return run.returncode == 0 and "Traceback" not in run.stderr
 
 
+def begin(folder: Path) -> tuple[subprocess.Popen, int]:
+    """A run in that folder that has begun to train, or to evaluate; and how many steps were done before."""
+    command = [*RUN, "--resume", f"--output-dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = next(line for line in process.stdout if line.startswith("NoProp on"))
+    done = re.search(r"resuming, (\d+) steps", begun)
+    return process, int(done[1]) if done else 0
+
+
 def kill(rng: random.Random, rounds: int, seconds: float, expected: str, table: Counter, bar: tqdm) -> None:
-    """Chains of up to five kills, each followed by --resume; then to the end."""
+    """Chains of up to five kills, each followed by --resume; then to the end. seconds: from begin() on."""
     expected_codes = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
     while rounds > 0:
         with tempfile.TemporaryDirectory() as name:
             chain = []
             for _ in range(min(5, rounds)):
                 number = rng.choice(list(expected_codes))
-                command = [*RUN, "--resume", f"--output-dir={name}"]
-                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                time.sleep(rng.uniform(0, seconds))
+                process, done = begin(Path(name))
+                time.sleep(rng.uniform(0, seconds * (1 - done / STEPS)))
                 process.send_signal(number)
                 _, errors = process.communicate(timeout=300)
-                clean = process.returncode in (0, *expected_codes[number])  # 0: it was done before
-                early = "KeyboardInterrupt" in errors  # Python itself, while it imported torch
-                chain.append((signal.Signals(number).name, clean and (early or "Traceback" not in errors)))
+                if not process.returncode:
+                    break  # it had ended
+                clean = process.returncode in expected_codes[number] and "Traceback" not in errors
+                chain.append((signal.Signals(number).name, clean))
                 rounds -= 1
                 bar.update()
             exact = finish(Path(name)) and fingerprint(Path(name)) == expected
@@ -180,8 +192,10 @@ def main() -> int:
     arguments = parser.parse_args()
     rng, table, disks = random.Random(arguments.seed), Counter(), max(1, arguments.rounds // 10)
     with tempfile.TemporaryDirectory() as name, tqdm(total=4 * arguments.rounds + disks, disable=None) as bar:
+        process, _ = begin(Path(name))
         started = time.perf_counter()
-        assert finish(Path(name)), "the undisturbed run failed"
+        _, errors = process.communicate(timeout=300)
+        assert not process.returncode, errors
         seconds, expected = time.perf_counter() - started, fingerprint(Path(name))
         kill(rng, arguments.rounds, seconds, expected, table, bar)
         corrupt(rng, arguments.rounds, Path(name) / "noprop_hybrid.pt", table, bar)

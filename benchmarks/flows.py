@@ -111,7 +111,8 @@ def main() -> int:
         cell = mean(values, 0 if "seconds" in title else 4 if "log" in title else 2)
         print(f"| {title} | {cell.removesuffix(' ± nan')} |")
     kept = {"command": command, "seeds": list(seeds), "versions": results[0]["versions"]}
-    kept |= {"config": results[0]["config"], "rows": rows}
+    kept |= {"config": results[0]["config"], "epochs": [x["epochs"] for x in results], "rows": rows}
+    kept |= {"epochs of the encoder": [x["epochs"] for x in twins]}
     kept |= {"schedule": [x["schedule"] for x in results]} if "schedule" in results[0] else {}
     kept |= {"val_accuracy_by_epoch": [[y["val_accuracy"] for y in x["history"]] for x in results]}
     name = "-".join(

@@ -140,7 +140,7 @@ def final(device: torch.device, seeds: int = 5) -> None:
             if (key := f"{name}-{setting.key(seed)}") in rows:
                 continue
             [config] = setting.configs(seed)
-            state = fit(config, data)
+            state = fit(replace(config, patience=config.epochs), data)
             state.averaged.load_state_dict(state.selected)
             found = noprop.evaluate(state.averaged, data.test, config)
             rows[key] = found | {"epoch": state.selected_epoch} | noprop.made_with(device)
@@ -163,6 +163,10 @@ def times(rounds: int = 3) -> None:
 def chosen(name: str) -> Setting:
     """What a rule chooses."""
     rows = read(ROWS)
+    if missing := {x.key(seed) for x, n in SEEDS.items() for seed in range(n)} - rows.keys():
+        raise SystemExit(
+            f"error: {len(missing)} settings are not measured yet: run this without a flag first"
+        )
 
     def accuracy(setting: Setting) -> float:
         names = [setting.key(seed) for seed in range(SEEDS[setting])]
@@ -175,8 +179,7 @@ def rightly(setting: Setting, which: str = "alone") -> np.ndarray:
     """What resampled() takes, of which only right and wrong is kept: (seeds, 1, 2, N)."""
     with np.load(ANSWERS) as kept:
         names = [f"{setting.key(seed)}-{which}" for seed in range(SEEDS[setting])]
-        right = np.stack([np.unpackbits(kept[x]) for x in names]).astype(float)
-    return np.stack([np.zeros_like(right), right - 1], 1)[:, None]
+        return intervals.as_kept([np.unpackbits(kept[x]) for x in names])
 
 
 def compared(one: Setting, other: Setting) -> str:
@@ -201,6 +204,7 @@ def name_of(setting: Setting) -> str:
 def report() -> int:
     """Print the table, put it into docs/speed.md, and draw the picture."""
     rows, by_step, final, table = read(ROWS), read(TIMES), read(FINAL), {}
+    rules = {rule: chosen(rule) for rule in RULES}
     columns = "", "epochs", "seeds", "accuracy", "accuracy of the mean", "nll", "nll of the mean", "seconds"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):
@@ -217,11 +221,12 @@ def report() -> int:
         names = [f"{name_of(x)}, {x.epochs} epochs" for x in (one, other)]
         lines += [f"| {' | '.join(names)} | {compared(one, other)} |"]
     lines += ["", "| chosen | test accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
-    for rule in RULES:
-        setting = chosen(rule)
+    for rule, setting in rules.items():
         found = [x for key, x in final.items() if key.startswith(f"{rule}-{setting.key('')}")]
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["accuracy_average"] for x in found])]
+        epochs = sorted({x["epoch"] for x in found})  # of which validation images have selected weights
         title = f"candidate for `{rule}`: {name_of(setting)}, {setting.epochs} epochs"
+        title += f"; weights of epoch {' to '.join(map(str, epochs[:: len(epochs) - 1 or 1]))}"
         lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]
     peak = f"Matmul peak right after the steps were timed: {by_step[speed.PEAK]:.0f} GFLOP/s."
     noprop.say(text := "\n".join([*lines, "", peak]))

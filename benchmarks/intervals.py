@@ -19,6 +19,11 @@ def packed(log_p: Tensor, label: Tensor) -> np.ndarray:
     return torch.stack([top, true]).half().numpy()
 
 
+def as_kept(right: list[np.ndarray]) -> np.ndarray:
+    """As packed() keeps them, (R, 1, 2, N), R replicates of which only is known which images are right."""
+    return np.stack([[[np.zeros(len(x)), x - 1.0]] for x in right])
+
+
 def right_and_loss(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of what packed() has kept, (..., 2, N): 100 where the answer is right; and -log p of the label."""
     top, true = np.moveaxis(kept.astype(float), -2, 0)
@@ -45,33 +50,44 @@ def images_drawn(N: int, draws: int = 4000) -> np.ndarray:
     return np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=draws).T / N
 
 
-def resampled(rows: dict[str, np.ndarray], which: int, draws=200_000, stream=1) -> dict[str, np.ndarray]:
+def resampled(rows: dict[str, np.ndarray], which: int, draws=200_000) -> dict[str, np.ndarray]:
     """Means of each row: its own, then draws of what it could have been, (1 + draws,).
 
-    rows: (R, n, 2, N); which: 0 accuracy, 1 loss. Images are drawn anew, the same for all rows (bootstrap).
-    Of R replicates the mean moves by the standard error of R times a number from the t distribution with
+    rows: (R, n, 2, N), or (folds, R, n, 2, N), whose replicates have the same seeds in every fold; which: 0
+    accuracy, 1 loss. Images are drawn anew, the same for all rows (bootstrap). Of R replicates, each the mean
+    over folds, the mean moves by the standard error of R times a number from the t distribution with
     R - 1 degrees of freedom: by the same combination of replicates in all rows but those of CNNs, whose
     seeds are others, and the same in all of these; so differences are paired where seeds are. Of one
-    replicate, the draws are over images only. stream: of what moves; another makes it independent.
+    replicate, the draws are over images only.
     (Many draws, because the tails are long where replicates are few.)
     """
-    R, _, _, N = next(iter(rows.values())).shape
-    rng, images, found = np.random.default_rng(stream), images_drawn(N), {}
+    *_, R, _, _, N = next(iter(rows.values())).shape
+    rng, images, found = np.random.default_rng(1), images_drawn(N), {}
     moves = rng.standard_normal((2, R, draws)) / np.sqrt(max(R * (R - 1), 1))
     moves *= np.sqrt((R - 1) / rng.chisquare(max(R - 1, 1), (2, 1, draws)))  # now of R normal numbers' t
     for name, kept in rows.items():
-        values = right_and_loss(kept)[which].mean(1)  # (R, N)
-        apart = values.mean(1) - values.mean()
-        over_images = np.resize(values.mean(0) @ images, draws)  # again and again: moves are new each time
+        values = right_and_loss(kept.reshape(-1, *kept.shape[-4:]))[which].mean(2)  # (folds, R, N)
+        apart = values.mean((0, 2)) - values.mean()
+        by_fold = [np.roll(x.mean(0) @ images, 1009 * fold) for fold, x in enumerate(values)]  # other draws
+        over_images = np.resize(np.mean(by_fold, 0), draws)  # again and again: moves are new each time
         drawn = over_images + apart @ moves[int(not re.search("CNNs|one CNN", name))]
         found[name] = np.concatenate([[values.mean()], drawn])
     return found
 
 
-def interval(apart: np.ndarray, digits: int) -> str:
+def numbers(apart: np.ndarray) -> list[float]:
     """A difference, and its 95 % interval, of what resampled() returns."""
-    low, high = np.quantile(apart[1:], [0.025, 0.975])
-    return f"{apart[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return [float(apart[0]), *np.quantile(apart[1:], [0.025, 0.975]).tolist()]
+
+
+def shown(found: list[float], digits: int) -> str:
+    """numbers() as a table has them."""
+    return "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*found, n=digits)
+
+
+def interval(apart: np.ndarray, digits: int) -> str:
+    """numbers(), shown()."""
+    return shown(numbers(apart), digits)
 
 
 def verdict(apart: np.ndarray, replicates: int) -> str:

@@ -1,10 +1,13 @@
-"""The networks of the headline, image by image: likelihood, calibration, and intervals over seeds and images.
+"""Networks of the headline, or of Fashion-MNIST's own settings, image by image: likelihood, calibration, and
+intervals over seeds and images.
 
-    python benchmarks/paired.py --seeds 5    asks the networks that benchmarks/evidence.py headline has made
-    python benchmarks/paired.py --report     the table, from benchmarks/results/
+    python benchmarks/paired.py --seeds 5                        asks what evidence.py headline has made
+    python benchmarks/paired.py --seeds 3 --fashion-mnist DIR    asks what evidence.py fashion has made
+    python benchmarks/paired.py --report                         the tables, from benchmarks/results/
 
-What they answer on the test images is kept in benchmarks/results/headline-SEED.npz. Beside them stand one and
-ten plain CNNs of benchmarks/control.py, whose seeds are others.
+What they answer on the test images is kept in benchmarks/results/headline-SEED.npz and fashion-SEED.npz.
+Beside the headline stand one and ten plain CNNs of benchmarks/control.py, whose seeds are others; beside the
+chain of three blocks one and three plain CNNs, of seeds of their own too.
 """
 
 import argparse
@@ -18,11 +21,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
-from benchmarks.evidence import DT, HEADLINE
+from benchmarks.evidence import DT, HEADLINE, fashion_flags, three_cnns
 from benchmarks.intervals import packed
 from benchmarks.seeds import folder_of, keep_answers, network_of, sampling, summary_of
+from noprop_lab.data import load_data
 
-BASE, *_ = HEADLINE
+THREE = "three CNNs, averaged"
 
 
 @torch.inference_mode()
@@ -35,55 +39,89 @@ def log_probabilities(model: noprop.NoProp, images: Tensor) -> Tensor:
     return torch.cat(logits).double().log_softmax(-1)
 
 
-def answers(seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
-    """What the networks of a seed answer, by row, (1, 2, N) each."""
-    rows = {}
-    for name, flags in HEADLINE.items():
-        summary, model = summary_of(folder := folder_of(flags, seed)), network_of(folder)
-        log_p = log_probabilities(model, test.images)
-        found = {name: log_p[:, -1]}
-        if name == BASE:
-            found["the mean of its blocks"] = control.averaged(log_p)
-            found["its block 1"] = log_p[:, 0]
-        if name == BASE or DT in flags:
-            other = 1.0 if name == BASE else 0.0
-            found[f"{name}, at τ = {other:g}"] = log_probabilities(sampling(model, other), test.images)[:, -1]
-        rows |= {row: packed(x, test.labels)[None] for row, x in found.items()}
-        accuracy = 100 * (log_p[:, -1].argmax(-1) == test.labels).double().mean().item()
-        if abs(accuracy - summary["test_accuracy"]) > 0.011:  # an image that another chip rounds otherwise
-            raise SystemExit(f"error: {folder} says {summary['test_accuracy']} %, its network {accuracy}")
-        noprop.say(f"seed {seed}, {name}: {accuracy:.2f} %")
-    return rows
+def asked(flags: list[str], seed: int, test: noprop.Split) -> tuple[noprop.NoProp, Tensor]:
+    """A trained network, and its log p after every block, whose accuracy is that of its summary."""
+    summary, model = summary_of(folder := folder_of(flags, seed)), network_of(folder)
+    log_p = log_probabilities(model, test.images)
+    accuracy = 100 * (log_p[:, -1].argmax(-1) == test.labels).double().mean().item()
+    if abs(accuracy - summary["test_accuracy"]) > 0.011:  # an image that another chip rounds otherwise
+        raise SystemExit(f"error: {folder} says {summary['test_accuracy']} %, its network {accuracy}")
+    noprop.say(f"{folder}: {accuracy:.2f} %")
+    return model, log_p
+
+
+def answers(settings: dict[str, list[str]], seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
+    """What the networks of a seed answer, by row, (1, 2, N) each; the first setting is hybrid NoProp."""
+    base, rows = next(iter(settings)), {}
+    for name, flags in settings.items():
+        model, log_p = asked(flags, seed, test)
+        rows[name] = log_p[:, -1]
+        if name == base:
+            rows["the mean of its blocks"] = control.averaged(log_p)
+            rows["its block 1"] = log_p[:, 0]
+        if name == base or DT in flags:
+            other = 1.0 if name == base else 0.0
+            rows[f"{name}, at τ = {other:g}"] = log_probabilities(sampling(model, other), test.images)[:, -1]
+    return {row: packed(x, test.labels)[None] for row, x in rows.items()}
+
+
+def answers_of_cnns(flags: list[str], seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
+    """What the three plain CNNs beside a chain of three blocks answer: each, (3, 2, N), and averaged."""
+    log_p = torch.stack([asked(flags, x, test)[1][:, -1] for x in three_cnns(seed)], 1)  # (N, 3, classes)
+    each = np.stack([packed(x, test.labels) for x in log_p.unbind(1)])
+    return {control.ONE: each, THREE: packed(control.averaged(log_p), test.labels)[None]}
+
+
+def table(files: list[dict[str, np.ndarray]], rival: str) -> str:
+    """The Markdown tables of what replicates have answered."""
+    rows = {name: np.stack([file[name] for file in files]) for name in files[0]}
+    base, *others = rows
+    return control.short_table(rows, f"less {base}", {name: (name, base) for name in others}, rival)
 
 
 def report() -> int:
-    """Print the table, and put it into docs/evidence.md."""
-    both = zip(control.replicates_of("headline"), control.replicates_of("control-mnist"), strict=False)
-    files = [(np.load(own), np.load(control_)) for own, control_ in both]
-    if not files:
-        return control.publish("paired", [])
-    rows = {name: np.stack([own[name] for own, _ in files]) for name in files[0][0].files}
-    rows |= {name: np.stack([of[name] for _, of in files]) for name in (control.ONE, control.TEN)}
-    pairs = {name: (name, BASE) for name in rows if name != BASE}
-    table = control.short_table(rows, f"less {BASE}", pairs)
-    made = f"`python benchmarks/paired.py --seeds {len(files)}`"
-    return control.publish("paired", [table, made])
+    """Print the tables, and put them into docs/evidence.md."""
+    made, code = "`python benchmarks/paired.py --seeds {}{}`", 0
+    of_set = {x: [dict(np.load(y)) for y in control.replicates_of(x)] for x in ("headline", "fashion")}
+    beside = [np.load(x) for x in control.replicates_of("control-mnist")]
+    headline = [
+        own | {name: other[name] for name in (control.ONE, control.TEN)}
+        for own, other in zip(of_set["headline"], beside, strict=False)
+    ]
+    for mark, files, rival, more in (
+        ("paired", headline, control.TEN, ""),
+        ("paired fashion", of_set["fashion"], THREE, " --fashion-mnist DIR"),
+    ):
+        parts = [table(files, rival), made.format(len(files), more)] if files else []
+        code = max(code, control.publish(mark, parts))
+    return code
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--fashion-mnist", type=Path, metavar="DIR", help="the networks of evidence.py fashion"
+    )
     parser.add_argument("--report", action="store_true", help="ask no network")
     given = parser.parse_args()
     if given.report:
         return report()
-    folders = [folder_of(flags, seed) for flags in HEADLINE.values() for seed in range(given.seeds)]
-    if missing := [x for x in folders if not summary_of(x)]:  # before a test image is asked for
-        first = f"run python benchmarks/evidence.py headline --seeds {given.seeds} here first"
-        raise SystemExit(f"error: no network in {missing[0]}: {first}")
-    test = noprop.load_data(noprop.Config()).test
-    for seed in range(given.seeds):
-        keep_answers(control.RESULTS / f"headline-{seed}.npz", **answers(seed, test))
+    seeds, name, settings, cnn = range(given.seeds), "headline", HEADLINE, None
+    needed = [(flags, seed) for flags in HEADLINE.values() for seed in seeds]
+    if given.fashion_mnist:
+        name, settings = "fashion", fashion_flags(given.fashion_mnist)
+        _, cnn = settings.popitem()
+        needed = [(flags, seed) for flags in settings.values() for seed in seeds]
+        needed += [(cnn, x) for seed in seeds for x in three_cnns(seed)]
+    if missing := [x for x in needed if not summary_of(folder_of(*x))]:  # before a test image is asked for
+        first = f"run python benchmarks/evidence.py {name} --seeds {given.seeds} here first"
+        raise SystemExit(f"error: no network in {folder_of(*missing[0])}: {first}")
+    config = network_of(folder_of(*needed[0])).config
+    test = load_data(config, given.fashion_mnist or noprop.Options.data_root).test
+    for seed in seeds:
+        found = answers(settings, seed, test) | (answers_of_cnns(cnn, seed, test) if cnn else {})
+        keep_answers(control.RESULTS / f"{name}-{seed}.npz", **found)
     return report()
 
 

@@ -450,8 +450,9 @@ def main() -> None:
             print(f"| {name} | {100 * right / args.count:.1f} | {sure} | {refused} | {share} |", flush=True)
     if args.only:
         if args.split == "test":
-            kept = json.loads(RESULTS.read_text())
-            kept.setdefault("by itself", {})[args.only] = {"digits": args.count, **rows[args.only]}
+            kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            asked = {"seed": args.seed, "digits": args.count, "blank": args.blank}
+            kept.setdefault("by itself", {})[args.only] = asked | rows[args.only]
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
         return
     linux = sys.platform == "linux"  # whose /proc tells the memory

@@ -63,12 +63,14 @@ def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Da
     rows = dict(np.load(path)) if path.exists() else {}
     for name, (kind, _) in RIVALS.items():
         same = [x for x, (other, _) in RIVALS.items() if (other, lr[x]) == (kind, lr[name])]
+        if rows.get(rate := f"{name}: learning rate", lr[name]) != lr[name]:
+            raise SystemExit(f"error: {path} has {name} at another learning rate: move it away")
         if name in rows or name != same[0]:  # NoProp's rates may be one
             continue
         [config] = kind(dataset, replicate, lr[name])
         control.train([config], data, threads)
         log_p = control.log_probabilities(config, data.test)
-        rows[name] = packed(log_p[:, -1], data.test.labels)[None]
+        rows |= {name: packed(log_p[:, -1], data.test.labels)[None], rate: np.array(lr[name])}
         if kind is every:
             rows[MEAN] = packed(control.averaged(log_p), data.test.labels)[None]
     keep_answers(path, **rows)
@@ -80,7 +82,7 @@ def report() -> int:
     for dataset, title in control.DATASETS.items():
         paths = control.replicates_of(f"rivals-{dataset}")
         if paths:
-            both = [(np.load(x), np.load(x.with_name(x.name.replace("rivals", "control")))) for x in paths]
+            both = [(np.load(x), control.beside(x)) for x in paths]
             files = set.intersection(*(set(own.files) for own, _ in both))
             names = [x for x in (*RIVALS, MEAN) if x in files]
             rows = {name: np.stack([own[name] for own, _ in both]) for name in names}

@@ -10,6 +10,8 @@ into docs/evidence.md, and keeps the values of every seed in benchmarks/results/
 two cores at 200 GFLOP/s.
 """
 
+import hashlib
+import inspect
 import json
 import math
 import random
@@ -32,15 +34,16 @@ SEARCHED = ("lr", "eta_loss_weight", "lambda_global", "embed_wd", "weight_decay"
 def publish(part: str, lines: list[str], found: dict) -> None:
     """Print a table, put it into docs/evidence.md, and keep what it is made from."""
     print("\n".join(lines))
-    write(f"search {part}", "\n".join(lines))
     found |= {"made with": noprop.made_with(noprop.CPU)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
     (RESULTS / f"search-{part}.json").write_text(text + "\n", encoding="utf-8")
+    write(f"search {part}", "\n".join(lines))
 
 
 def remembered(name: str, compute: Callable[[], list[dict]]) -> list[dict]:
-    """The result of compute(), kept in a file."""
-    path = FOLDER / f"{name}.json"
+    """The result of compute(), kept in a file, which one of other defaults or another space does not find."""
+    of = repr((noprop.Config().saved(), inspect.getsource(random_settings), noprop.made_with(noprop.CPU)))
+    path = FOLDER / f"{name}-{hashlib.sha256(of.encode()).hexdigest()[:8]}.json"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         noprop.write_file(path, json.dumps(compute()).encode())

@@ -226,9 +226,12 @@ def main() -> int:
     kept = {
         "flags": " ".join(shown(flags)) or "default",
         "seeds": list(seeds),
-        "versions": results[0]["versions"],
+        "versions": results[0]["versions"],  # those of other seeds, where they differ, by seed
+        "epochs": [x["epochs"] for x in results],
         "rows": rows,
     }
+    others = [x["versions"] for x in results]
+    kept |= {"versions by seed": others} if any(x != others[0] for x in others) else {}
     path = Path(__file__).parent / "results" / f"seeds-{folder_of(named, 0).parent.name}.json"
     if path.exists() and not {*json.loads(path.read_text("utf-8"))["seeds"]} <= {*seeds}:  # it is cited
         path = path.with_name(f"{path.stem}-of-{seeds[0]}-to-{seeds[-1]}.json")

@@ -29,6 +29,7 @@ from benchmarks.control import (
     RESULTS,
     TEN,
     averaged,
+    beside,
     command_line,
     fit,
     is_there,
@@ -134,7 +135,8 @@ def table(rows: dict[str, np.ndarray]) -> str:
     """The Markdown tables of a data set; rows: (R, n, 2, N) each."""
     arms = {name: f"NoProp's blocks, {name}: mean of ten blocks" for name in ARMS} | {"NoProp": CHAIN_AVERAGE}
     mse, noisy, plain, both = ARMS
-    compared = (plain, noisy), (mse, both), (plain, mse), (noisy, both), (both, "NoProp"), (noisy, "NoProp")
+    compared = [(plain, noisy), (mse, both), (plain, mse), (noisy, both), (noisy, mse)]
+    compared += [(both, "NoProp"), (noisy, "NoProp")]
     compared = [pair for pair in compared if {arms[x] for x in pair} <= rows.keys()]
     pairs = {f"{more} − {less}": (arms[more], arms[less]) for more, less in compared}
     return short_table(rows, "of the mean of ten blocks", pairs)
@@ -145,7 +147,7 @@ def report() -> int:
     parts = []
     for dataset, title in DATASETS.items():
         paths = replicates_of(f"separate-{dataset}")
-        files = [(np.load(x), np.load(RESULTS / x.name.replace("separate", "control"))) for x in paths]
+        files = [(np.load(x), beside(x)) for x in paths]
         if files:
             shared = set.intersection(*(set(own.files) for own, _ in files))
             names = [(0, name) for name in files[0][0].files if name in shared]
