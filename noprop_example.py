@@ -204,7 +204,7 @@ class NoProp(nn.Module):
         super().__init__()
         self.image_shape, self.alpha_bar = tuple(image_shape), cosine_schedule(num_blocks)
         self.steps = reverse_steps(self.alpha_bar, equal_weights).tolist()
-        with seeded(seed, "embedding"), workers(CPU, 1):  # one: last bits of a QR depend on their number
+        with seeded(seed, "embedding"):
             self.label_embedding = nn.Embedding(num_classes, embed_dim)
             nn.init.orthogonal_(self.label_embedding.weight)  # orthonormal rows, if embed_dim >= num_classes
         self.blocks = nn.ModuleList()
@@ -441,7 +441,8 @@ class Options(Checked):
         for field in () if self.run_hpo else fields(self):
             named = "hpo_" in field.name and getattr(self, field.name) != field.default
             yield named, f"{field.name} is of a search: leave it out"
-        for name in ("output_dir", "checkpoint_minutes") if self.evaluate or self.predict else ():
+        idle = ("output_dir", "checkpoint_minutes") if self.evaluate or self.predict else ()
+        for name in (*idle, "data_root") if self.predict else idle:
             yield getattr(self, name) != getattr(type(self), name), f"{name} has no use here: leave it out"
 
     def checkpoint(self, config: Config) -> Path:
@@ -659,9 +660,10 @@ class State:
         return [holder.state_dict() for holder in self.holders[name]]
 
     def load_part_state(self, name: str, states: list[dict[str, Any]]) -> None:
-        """Go on from part_state(). Raises Failure for moments of another shape: no optimizer would notice."""
+        """Go on from part_state(). Raises Failure for other names or shapes: no optimizer would notice."""
         shapes = {x.shape for moments in states[-1]["state"].values() for x in moments.values() if x.ndim}
-        if shapes - {self.parts[name].shape}:
+        alike = [x.keys() for x in states] == [x.keys() for x in self.part_state(name)]
+        if shapes - {self.parts[name].shape} or not alike:
             raise Failure(f"{name} of the checkpoint is of another block, or an earlier version: train anew")
         for holder, state in zip(self.holders[name], states, strict=True):
             holder.load_state_dict(state)
@@ -679,7 +681,7 @@ class State:
     def resume(self, content: dict[str, Any], digest: str) -> None:
         """Go on from what save() wrote, with the same images. Raises Failure."""
         path = content["path"]
-        if "training" not in content:
+        if not {"parts", *self.POSITION} <= content.get("training", {}).keys():
             raise Failure(f"{path} holds weights alone, for --evaluate and --predict: train anew")
         if content["data"] != digest:
             raise Failure(f"the images are not those that {path} was trained on: bring them back")
@@ -1046,8 +1048,8 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     """train(), saved after every epoch and every checkpoint_minutes; 0, or 128 + the signal that ended it."""
     path, digest, saved = options.checkpoint(state.config), data.digest(), time.monotonic()
     steps = state.config.epochs * (len(data.train.labels) // state.config.batch_size)
-    seen = None if sys.stdout else True  # None: on a terminal; a program may have no output at all
-    with tqdm(total=steps, initial=state.step, file=sys.stdout, disable=seen, leave=False) as bar:
+    hidden = None if sys.stdout else True  # None: but on a terminal; a program may have no output at all
+    with tqdm(total=steps, initial=state.step, file=sys.stdout, disable=hidden, leave=False) as bar:
         for record in train(state, data, step, options.threads, steps_too=True):
             bar.update(state.step - bar.n)
             stop = signalled()
@@ -1111,10 +1113,7 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
             raise Failure(f"{content['path']} was written by another run meanwhile: start again")
         with signals() as signalled:
             if content:
-                try:
-                    state.resume(content, data.digest())
-                except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-                    raise Failure(f"{content['path']} lacks what resuming needs: {Failure(error)}") from error
+                state.resume(content, data.digest())
             else:
                 keep_older(options.checkpoint(state.config))
             weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
@@ -1293,6 +1292,8 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
             else:
                 how = {"help": comment.replace("%", "%%")} | argument(hints[name], getattr(kind, name))
                 flags += group.add_argument(f"--{name.replace('_', '-')}", **how).option_strings
+    if empty := [x for x in arguments if re.fullmatch(r"(--[\w-]+=)?", x)]:  # a shell's variable, not set
+        fail(f"{empty[0] or 'a value'} is empty")
     arguments = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), x) for x in arguments]
     home = ["=".join(map(os.path.expanduser, argument.split("=", 1))) for argument in arguments]
     found, unknown = parser.parse_known_args(home)

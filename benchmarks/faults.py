@@ -74,10 +74,13 @@ def finish(folder: Path) -> bool:
 
 
 def begin(folder: Path) -> tuple[subprocess.Popen, int]:
-    """A run in that folder that has begun to train, or to evaluate; and how many steps were done before."""
+    """A run in that folder that has begun to train, or to evaluate; and how many steps were done before.
+
+    It may also have ended, as it could not go on.
+    """
     command = [*RUN, "--resume", f"--output-dir={folder}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    begun = next(line for line in process.stdout if line.startswith("NoProp on"))
+    begun = next((line for line in process.stdout if line.startswith("NoProp on")), "")
     done = re.search(r"resuming, (\d+) steps", begun)
     return process, int(done[1]) if done else 0
 
@@ -95,7 +98,7 @@ def kill(rng: random.Random, rounds: int, seconds: float, expected: str, table: 
                 process.send_signal(number)
                 _, errors = process.communicate(timeout=300)
                 if not process.returncode:
-                    break  # it had ended
+                    break  # it had ended: that is no kill
                 clean = process.returncode in expected_codes[number] and "Traceback" not in errors
                 chain.append((signal.Signals(number).name, clean))
                 rounds -= 1

@@ -18,7 +18,7 @@ from noprop_lab.ct import CT, CTConfig, CTFlow, NoiseSchedule
 from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, image_block, prototypes
 from noprop_lab.flows import FlowBlock, FlowConfig
 from noprop_lab.fm import FM, FMConfig, FMFlow
-from noprop_lab.settings import LabConfig
+from noprop_lab.settings import LabConfig, shared_by
 
 KINDS = (LabConfig, DTConfig, CTConfig, FMConfig, BackpropConfig, CascadeConfig)
 CONFIGS = {kind.objective: kind for kind in KINDS}
@@ -43,11 +43,13 @@ def build(config: LabConfig, device=CPU, content: dict[str, Any] | None = None) 
         block = partial(DenoisingBlockPaper, size=size) if size else PaperBlock
         kind = ReadsZ if config.classify == "z" else NoProp
     if isinstance(config, CascadeConfig):
-        return noprop.build(config, device, content, cascade_blocks(block, config.hand_on), Cascade)
-    block = partial(image_block, block) if config.embedding == "prototype" else block
+        block, kind = cascade_blocks(block, config.hand_on), Cascade
+    elif config.embedding == "prototype":
+        block = partial(image_block, block)
     if isinstance(config, BackpropConfig) and config.weights == "learned":
         block, kind = partial(mixed_block, block), Mixed
-    return noprop.build(config, device, content, block, kind)
+    with shared_by(1):  # the last bits of the embedding, a QR, depend on their number from 33 classes on
+        return noprop.build(config, device, content, block, kind)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

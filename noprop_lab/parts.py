@@ -78,7 +78,7 @@ def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list
     network, later ones take the place of its blocks, and need only fit.
     """
     for path, content in zip(paths, contents, strict=True):
-        if "training" not in content:
+        if not {"parts", "step", "log", "history"} <= content.get("training", {}).keys():
             raise Failure(f"{path} holds weights alone: merge takes the checkpoints that training wrote")
     exchange, first = not configs[0].blocks, configs[0]
     fitting = {"dataset", "image_size", "classes", "classify", "num_blocks", "dim", "block", "target"}

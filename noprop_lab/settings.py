@@ -137,6 +137,17 @@ class LabConfig(Config):
         return {name: list(x) if isinstance(x, tuple) else x for name, x in kept.items()}
 
 
+@contextmanager
+def shared_by(threads: int) -> Iterator[None]:
+    """Let so many of PyTorch's own threads share what is inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class WholeConfig(LabConfig):
     """For an objective that trains one network as a whole, on which all threads work at once."""
@@ -146,16 +157,9 @@ class WholeConfig(LabConfig):
 
     together = property(lambda self: f"{self.objective} trains one network as a whole")
 
-    @contextmanager
-    def threads_of_step(self, device: torch.device) -> Iterator[None]:
+    def threads_of_step(self, device: torch.device):
         """On a CPU, let step_threads share what is inside."""
-        before = torch.get_num_threads()
-        if device.type == "cpu":
-            torch.set_num_threads(self.step_threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return shared_by(self.step_threads if device.type == "cpu" else torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,6 @@ class LabOptions(Options):
         fault = "--embedding-from is of training: a search has the embedding that it starts from"
         yield self.run_hpo and self.embedding_from, fault
         yield self.graphs and asks, "--graphs is of training: leave it out"
-        for name in ("blocks", "hpo_storage"):  # of a shell's variable that is not set
-            yield getattr(self, name) == "", f"{name} is empty: leave it out, or say which"
         fault = f"search, evaluate and predict take all blocks, not {self.blocks} alone"
         yield self.blocks and (self.run_hpo or asks), fault
 

@@ -18,8 +18,8 @@ from noprop_lab.data import with_augmentation
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.fm import FMConfig
-from noprop_lab.networks import LabState, load
-from noprop_lab.settings import WEIGHTS, LabConfig
+from noprop_lab.networks import LabState, build, load
+from noprop_lab.settings import WEIGHTS, LabConfig, shared_by
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +193,16 @@ def test_what_becomes_of_the_embedding(small_data, embedding):
 
 
 @pytest.mark.slow
+def test_the_embedding_starts_alike_for_any_number_of_threads():
+    """Of a hundred classes: the last bits of their QR would depend on it."""
+    found = []
+    for threads in (1, 2):
+        with shared_by(threads):
+            found.append(build(LabConfig(dataset="cifar100", num_blocks=1)).label_embedding.weight)
+            assert torch.get_num_threads() == threads
+    assert torch.equal(*found)
+
+
 def test_threads_change_no_bit_of_a_network_with_dropout(batch):
     states = [LabState(DTConfig.paper(updates="last", **TINY | {"num_blocks": 2})) for _ in range(2)]
     for threads, state in enumerate(states, start=1):

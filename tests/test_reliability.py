@@ -234,9 +234,11 @@ def test_a_program_without_any_output_trains(flags, tmp_path, monkeypatch):
 def test_a_checkpoint_without_what_resuming_needs_is_a_line(flags, tmp_path, capsys):
     assert noprop.main(flags) == 0
     content = torch.load(path := tmp_path / "noprop_hybrid.pt", weights_only=True)
-    for lack in ({"training": {}}, {"training": content["training"] | {"parts": {}}}):
-        torch.save(content | lack, path)
-        fails(capsys, 2, ["--resume", f"--output-dir={tmp_path}"], "lacks what resuming needs")
+    average = content["training"]["parts"]["blocks.1"][0]
+    average["renamed"] = average.pop("label.0.weight")
+    for change, word in (({}, "blocks.1 of the checkpoint is of another"), ({"training": {}}, "train anew")):
+        torch.save(content | change, path)
+        fails(capsys, 2, ["--resume", f"--output-dir={tmp_path}"], word)
 
 
 def test_signals_are_as_before_afterwards_and_in_a_thread_there_are_none(tmp_path):

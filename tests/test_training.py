@@ -34,20 +34,6 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(small_data, tiny_sta
         assert short.history[0][name] == pytest.approx(exact.history[0][name], rel=0.02)
 
 
-def test_the_embedding_starts_alike_for_any_number_of_threads():
-    """Of a hundred classes: the last bits of their QR would depend on it."""
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            model = noprop.NoProp(lambda *_: torch.nn.Identity(), 1, 100, 100, (1, 28, 28), 0, False)
-            found.append(model.label_embedding.weight)
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*found)
-
-
 def test_the_result_does_not_depend_on_threads(small_data, tiny_state):
     """Torch's, or those of the call; and torch's number is what it was before, also between epochs."""
     before = torch.get_num_threads()
