@@ -108,12 +108,11 @@ def main() -> int:
     if given.report:
         return report()
     seeds, name, settings, cnn = range(given.seeds), "headline", HEADLINE, None
-    needed = [(flags, seed) for flags in HEADLINE.values() for seed in seeds]
     if given.fashion_mnist:
         name, settings = "fashion", fashion_flags(given.fashion_mnist)
         _, cnn = settings.popitem()
-        needed = [(flags, seed) for flags in settings.values() for seed in seeds]
-        needed += [(cnn, x) for seed in seeds for x in three_cnns(seed)]
+    needed = [(flags, seed) for flags in settings.values() for seed in seeds]
+    needed += [(cnn, x) for seed in seeds for x in three_cnns(seed) if cnn]
     if missing := [x for x in needed if not summary_of(folder_of(*x))]:  # before a test image is asked for
         more = " --fashion-mnist DIR" * (name == "fashion")
         first = f"run python benchmarks/evidence.py {name} --seeds {given.seeds}{more} here first"

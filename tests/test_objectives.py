@@ -192,7 +192,6 @@ def test_what_becomes_of_the_embedding(small_data, embedding):
         assert torch.equal(start, torch.eye(10))
 
 
-@pytest.mark.slow
 def test_the_embedding_starts_alike_for_any_number_of_threads():
     """Of a hundred classes: the last bits of their QR would depend on it."""
     found = []
@@ -203,6 +202,7 @@ def test_the_embedding_starts_alike_for_any_number_of_threads():
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_threads_change_no_bit_of_a_network_with_dropout(batch):
     states = [LabState(DTConfig.paper(updates="last", **TINY | {"num_blocks": 2})) for _ in range(2)]
     for threads, state in enumerate(states, start=1):
