@@ -682,7 +682,7 @@ class State:
         """Go on from what save() wrote, with the same images. Raises Failure."""
         path = content["path"]
         if not {"parts", *self.POSITION} <= content.get("training", {}).keys():
-            raise Failure(f"{path} holds weights alone, for --evaluate and --predict: train anew")
+            raise Failure(f"{path} holds weights alone, to evaluate and predict with: train anew")
         if content["data"] != digest:
             raise Failure(f"the images are not those that {path} was trained on: bring them back")
         if (content["made_with"]["device"] in CHANNELS_LAST) != (self.device.type in CHANNELS_LAST):
@@ -1140,8 +1140,8 @@ def suggest(trial) -> dict[str, Any]:
 def short_training(config, records, signalled, suggest, trial, cost=lambda record: record["val_loss"]):
     """The cost of a trial, by its last record; it is pruned if others were better by then, or it diverges.
 
-    records: of a config, what train() yields. Proposals are seeded by the trial's number: a search that goes
-    on makes the same, and two workers make others.
+    records: of a config, what train() yields. Proposals are seeded by the trial's number: a search stopped
+    between two trials makes the same when it goes on, and two workers make others.
     """
     from optuna import TrialPruned, samplers
 

@@ -660,6 +660,13 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/parts.py", "if len(kinds) > 1:", "if len(kinds) > 2:"),
     (SCRIPT, '("grad_clip", "max_norm_embed"):', '("max_norm_embed",):'),
     (SCRIPT, "torch.cdist(u_hat, W)", "torch.cdist(z, W)"),
+    (f"{LAB}/__main__.py", '("epochs", "patience") if saved', '("epochs",) if saved'),
+    (f"{LAB}/__main__.py", 'del file["embed_dim"]', "pass"),
+    (f"{LAB}/search.py", "replace(self.config, **settings).saved()", "self.config.saved() | settings"),
+    (f"{LAB}/parts.py", 'mine["seconds"] += more["seconds"]', "pass"),
+    (f"{LAB}/parts.py", '("classifier_loss", "seconds")', '("classifier_loss",)'),
+    (f"{LAB}/data.py", ' or "TORCHELASTIC_RUN_ID" not in os.environ', ""),
+    (f"{LAB}/data.py", "if not config.classes:", "if False:"),
 ]
 
 PARALLEL = [

@@ -307,9 +307,11 @@ def tried(dataset: str, kinds: dict[str, str]) -> str:
     text = "Validation loss (and accuracy) by learning rate; the least loss decides, if no row says otherwise"
     for kind, of_kind in [(name, found[kind]) for kind, name in kinds.items() if kind in found]:
         losses = sorted((float(lr), x["loss"], x["accuracy"]) for lr, x in of_kind.items())
-        edge = best_rate(of_kind) in (RATES[0], RATES[-1])
-        text += f". {kind}: " + ", ".join("{:g}: {:.4f} ({:.2f})".format(*x) for x in losses)
-        text += ", where the grid ends" * edge
+        ends = {best_rate(of_kind)} & {RATES[0], RATES[-1]}
+        shown = (
+            "{:g}: {:.4f} ({:.2f})".format(*x) + ", where the grid ends" * (x[0] in ends) for x in losses
+        )
+        text += f". {kind}: " + ", ".join(shown)
     return text + "."
 
 

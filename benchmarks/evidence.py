@@ -583,7 +583,7 @@ def draw(rows: Rows, title: str):
 
 def activations(axes, rows: Rows) -> None:
     measured = {name: row for name, row in rows.items() if "MiB, T = 1" in row}
-    for (name, row), marker in zip(measured.items(), "os^Dv", strict=True):
+    for (name, row), marker in zip(measured.items(), "os^Dv", strict=False):
         memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
         ratio = next(value for column, [value] in row.items() if "÷" in column)
         label = f"{name} (time of a step at T = 10: {ratio:.2f})"
@@ -680,7 +680,7 @@ def main() -> int:
         rows = TABLES[name](range(first, first + arguments.seeds), *more)
         words = [word for x in sys.argv[1:] for word in x.split("=", 1)]
         command = ["DIR" if Path(x) == arguments.fashion_mnist else x for x in words]
-        if arguments.rows:  # the rest of the table stays
+        if arguments.rows or rows == found.get("rows"):  # the rest of the table stays, or all of it
             command = found.get("command", name).split()
         found = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
     print(markdown(rows := found["rows"]))

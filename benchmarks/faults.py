@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import noprop_example as noprop  # noqa: E402
+from benchmarks.seeds import refuse_fewer  # noqa: E402
 
 RUN = [
     sys.executable,
@@ -193,6 +194,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="kills, and corruptions of each kind of file")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    refuse_fewer(path := ROOT / "benchmarks/results/faults.json", "rounds", arguments.rounds)
     rng, table, disks = random.Random(arguments.seed), Counter(), max(1, arguments.rounds // 10)
     with tempfile.TemporaryDirectory() as name, tqdm(total=4 * arguments.rounds + disks, disable=None) as bar:
         process, _ = begin(Path(name))
@@ -212,7 +214,7 @@ def main() -> int:
     print(memory := load(200))
     kept = {"rounds": arguments.rounds, "seed": arguments.seed, "faults": found, "two hundred epochs": memory}
     text = json.dumps(kept | {"versions": noprop.made_with(noprop.CPU)}, indent=1)
-    (ROOT / "benchmarks/results/faults.json").write_text(text + "\n")
+    path.write_text(text + "\n")
     return any(outcome == "LOST" for _, outcome in table)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks.seeds import data_root, folder_of, joined, mean, network_of, run, shown
+from benchmarks.seeds import data_root, folder_of, joined, mean, network_of, refuse_fewer, run, shown
 from noprop_lab import __main__ as lab
 from noprop_lab.data import load_data
 
@@ -86,9 +86,17 @@ def main() -> int:
     named = [x for x in flags if x not in machine + dataset]
     seeds, name = range(arguments.seeds), f"NoProp-{arguments.objective.upper()}"
     flow = [f"--objective={arguments.objective}", *flags]
+    default = lab.read_command_line("train", [flow[0], *dataset, *machine])[0]
+    parts = [
+        "flows",
+        arguments.objective,
+        default.dataset,
+        *([folder_of(named, 0).parent.name] * bool(named)),
+    ]
+    path = Path(__file__).parent / "results" / f"{'-'.join(parts)}.json"
+    refuse_fewer(path, "seeds", len(seeds))
     results = run({name: flow}, seeds)[name]
     config = network_of(folder_of(flow, 0)).config
-    default = lab.read_command_line("train", [flow[0], *dataset, *machine])[0]
     shared = {x: getattr(config, x) for x in SHARED}
     shared |= {x: getattr(config, x) for x in RECIPE if getattr(config, x) != getattr(default, x)}
     plain = ["--objective=backprop", "--num-blocks=1", *map(flag, shared.items()), *machine]
@@ -115,10 +123,6 @@ def main() -> int:
     kept |= {"epochs of the encoder": [x["epochs"] for x in twins]}
     kept |= {"schedule": [x["schedule"] for x in results]} if "schedule" in results[0] else {}
     kept |= {"val_accuracy_by_epoch": [[y["val_accuracy"] for y in x["history"]] for x in results]}
-    name = "-".join(
-        ["flows", config.objective, config.dataset, *([folder_of(named, 0).parent.name] * bool(named))]
-    )
-    path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 

@@ -205,6 +205,10 @@ def report() -> int:
     """Print the table, put it into docs/speed.md, and draw the picture."""
     rows, by_step, final, table = read(ROWS), read(TIMES), read(FINAL), {}
     rules = {rule: chosen(rule) for rule in RULES}
+    if not by_step or not final:
+        raise SystemExit(
+            "error: the steps are not timed, or nothing is tested: run --times and --final first"
+        )
     columns = "", "epochs", "seeds", "accuracy", "accuracy of the mean", "nll", "nll of the mean", "seconds"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):

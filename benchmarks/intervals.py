@@ -1,7 +1,17 @@
-"""Accuracy, likelihood and calibration from what is kept of each image, and paired bootstrap intervals."""
+"""Accuracy, likelihood and calibration from what is kept of each image, and paired bootstrap intervals.
 
+    python benchmarks/intervals.py benchmarks/results/evidence-headline.json ROW ROW
+    python benchmarks/intervals.py benchmarks/results/evidence-paper.json ROW ROW COLUMN COLUMN
+
+prints the first row of a results file less the second, in pairs of seeds, with the 95 % interval that these
+give by themselves, for the same test images. COLUMN: of the first and of the second row; else test accuracy.
+"""
+
+import json
 import re
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,6 +110,13 @@ def verdict(apart: np.ndarray, replicates: int) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not resolved"
 
 
+def paired(values: list[float], base: list[float]) -> list[float]:
+    """Mean difference of values by the same seeds, and its 95 % interval by the t distribution."""
+    apart = np.subtract(values, base)
+    half = stats.t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
+    return [float(apart.mean()), float(apart.mean() - half), float(apart.mean() + half)]
+
+
 def adjusted(base: list[float], rows: dict[str, list[float]]) -> dict[str, float]:
     """Two-sided p of each row's values by seed against the same base, corrected by Holm.
 
@@ -117,3 +134,30 @@ def adjusted(base: list[float], rows: dict[str, list[float]]) -> dict[str, float
         least = max(least, (len(t) - i) * 2 * stats.t.sf(t[name], freedom))
         found[name] = min(1.0, float(least))
     return found
+
+
+def by_seed(row: list[float] | dict[str, list[float]], column: str) -> dict[int, float]:
+    """The values of a row of a results file, which has one column or several, by seed."""
+    values = row[column] if isinstance(row, dict) else row
+    return dict(zip(row["seeds"] if "seeds" in row else range(len(values)), values, strict=True))
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        path, *names = arguments
+        first, second, *columns = names
+        rows, columns = (
+            json.loads(Path(path).read_text(encoding="utf-8"))["rows"],
+            columns or ["test accuracy"],
+        )
+        one, other = by_seed(rows[first], columns[0]), by_seed(rows[second], columns[-1])
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}; how it is called stands at the top of {__file__}", file=sys.stderr)
+        return 2
+    seeds = sorted(one.keys() & other.keys())
+    print(f"{len(seeds)} seeds: {shown(paired([one[x] for x in seeds], [other[x] for x in seeds]), 3)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

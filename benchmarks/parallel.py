@@ -23,6 +23,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.machine import matmul_peak
+from benchmarks.seeds import refuse_fewer
 from noprop_lab import __main__ as lab
 from noprop_lab import networks
 
@@ -30,7 +31,10 @@ IMAGES = 54_784  # 107 steps of 512
 
 
 def worker(flags: list[str]) -> int:
-    """Run the lab as it is, and note what crosses between processes and how much memory it took."""
+    """Run the lab as it is, and note what a step sends between processes and how much memory the run took.
+
+    (A checkpoint collects the parts too, once an epoch at least: their averages, weights and moments.)
+    """
     sent = {"all_reduce": 0, "calls": 0}
     original = dist.all_reduce
 
@@ -81,6 +85,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
+    name = f"parallel-{platform.machine()}-{torch.get_num_threads()}-cores.json"
+    refuse_fewer(path := Path(__file__).parent / "results" / name, "rounds", rounds)
     cases = {
         "1 process, 1 thread": (1, 1),
         "1 process, 2 threads": (1, 2),
@@ -110,10 +116,8 @@ def main() -> int:
     print(f"| 2 processes ÷ 1 process of 2 threads, speed | {one / two:.2f} | | |")
     print(f"| block 1 alone × 10 ÷ the whole, time, 1 thread | {ten / whole:.2f} | | |")
     print(f"| data-parallel training of the same network would send | | {4 * parameters:,} | |")
-    name = f"parallel-{platform.machine()}-{torch.get_num_threads()}-cores.json"
-    content = {"peak_gflops": peak, "parameters": parameters, "results": results}
-    (folder := Path(__file__).parent / "results").mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    content = {"rounds": rounds, "peak_gflops": peak, "parameters": parameters, "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

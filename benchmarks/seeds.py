@@ -161,6 +161,13 @@ def keep_answers(path: Path, **answers: np.ndarray) -> None:
     noprop.write_file(path, file.getvalue())
 
 
+def refuse_fewer(path: Path, key: str, number: int) -> None:
+    """End where a results file, which docs cite, is of more seeds or rounds (its key) than are asked for."""
+    there = json.loads(path.read_text(encoding="utf-8")).get(key, 0) if path.exists() else 0
+    if (there if isinstance(there, int) else len(there)) > number:
+        raise SystemExit(f"error: {path} holds more than that ({key}): ask for as much, or move it away")
+
+
 def write(mark: str, content: str, name: str = "evidence.md") -> None:
     """Put content into a file of docs/, between its marks."""
     path, begin, end = DOCS / name, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.machine import matmul_peak
+from benchmarks.seeds import refuse_fewer
 from noprop_example import Config, State
 from noprop_lab import backprop
 from noprop_lab.__main__ import kind_and_step, step_of
@@ -488,23 +489,25 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     arguments = parser.parse_args()
     DEVICE = noprop.pick_device(noprop.Options(device=arguments.device))
+    chosen = [part for part in arguments.parts if part != "graphs" or DEVICE.type == "cuda"]
+    path = Path(__file__).parent / "results" / f"speed-{name_of_machine()}.json"
+    if "runs" in chosen:
+        refuse_fewer(path, "default run: seconds of training to 99.0 % test, by seed", arguments.seeds)
     print("| | |\n|---|---|")
     for part in (machine, step, graphs, compiled, profile, memory):
-        if part.__name__ in arguments.parts and not (part is graphs and DEVICE.type != "cuda"):
+        if part.__name__ in chosen:
             part()
     for part in (runs, inference):
-        if part.__name__ in arguments.parts:
+        if part.__name__ in chosen:
             part(arguments.seeds)
     RESULTS["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
-    (folder := Path(__file__).parent / "results").mkdir(exist_ok=True)
-    path = folder / f"speed-{name_of_machine()}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}  # of other parts, measured earlier
-    if "runs" in arguments.parts:  # whose names have changed
+    if "runs" in chosen:  # whose names have changed
         kept = {
             name: x for name, x in kept.items() if not name.startswith(("default run", "original recipe"))
         }
     made = RESULTS["versions"] | {name: x for name, x in RESULTS.items() if name.startswith("float32 matmul")}
-    by_part = kept.get("versions by part", {}) | dict.fromkeys(arguments.parts, made)
+    by_part = kept.get("versions by part", {}) | dict.fromkeys(chosen, made)
     path.write_text(json.dumps(kept | RESULTS | {"versions by part": by_part}, indent=1) + "\n")
     return 0
 

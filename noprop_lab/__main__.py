@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -116,16 +116,23 @@ def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | N
     file = read_settings(options.config)
     if unknown := file.keys() - {field.name for field in fields(kind)}:
         raise Failure(f"cannot use {options.config}: {', '.join(sorted(unknown))} is no setting of this")
+    with suppress(Failure):  # where D is as its other settings have it, it is none of its own
+        if kind(**{name: x for name, x in file.items() if name != "embed_dim"}).dim == file.get("embed_dim"):
+            del file["embed_dim"]
     if options.preset == "paper" and not hasattr(kind, "paper"):
         raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
     dataset = options.dataset or file.get("dataset", (saved or kind).dataset)
     if dataset not in (*SOURCES, "folder"):
         raise Failure(f"dataset can't be {dataset!r}: it is one of {', '.join(SOURCES)}, folder")
     make = kind if options.preset == "default" else getattr(kind, options.preset)
-    start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
+    try:
+        start = make(**{"dataset": dataset} if options.preset == "paper" and dataset != "folder" else {})
+    except Failure as failure:
+        named = f"--preset {options.preset} does not go with --objective {kind.objective}"
+        raise Failure(f"{named}: {failure}") from failure
     preset = {name: x for name, x in vars(start).items() if x != getattr(kind, name)}
-    if saved:  # which may have been given others
-        preset.pop("epochs", None)
+    for name in ("epochs", "patience") if saved else ():  # which may have been given others
+        preset.pop(name, None)
     own = {} if saved or dataset == "folder" else SOURCES[dataset].settings
     if dataset == "folder" and not saved and "classes" not in file | flags:
         own = {"classes": class_folders(options.data_root)}

@@ -209,6 +209,8 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
     Where there is no test folder, a picture is for testing if the hash of its name says so, which is true of
     a sixth: so it stays one when others are added. Prints classes, counts, and what was skipped.
     """
+    if not config.classes:
+        raise Failure("no classes are named: class_folders(root) finds all")
     train, test = layout(root)
     skipped = []
     for place in dict.fromkeys(x for x in (root, train, test) if x):
@@ -228,7 +230,7 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
     for place, part, use in zip((train, test or train), parts, ("train", "test"), strict=True):
         if len(part) < 10:
             raise Failure(f"{place} has too few pictures to {use} on: {len(part)} of at least 10")
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ:  # RANK may be another's
         tell_pictures(config.classes, [[label for _, label in part] for part in parts], skipped, root)
     return tuple(
         Split(

@@ -59,16 +59,18 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
 
 
 def put_in(whole: dict[str, Any], part: dict[str, Any], names: list[str], exchange: bool) -> None:
-    """Put parts of one checkpoint into another; their losses too, where both were trained alike."""
+    """Put parts of one checkpoint into another; losses and seconds are added, where both trained alike."""
     mine, more = whole["training"], part["training"]
     inside = tuple(f"{name}." for name in names)
     whole["model"].update({key: x for key, x in part["model"].items() if key.startswith(inside)})
     mine["parts"].update({name: more["parts"][name] for name in names})
     if not exchange:
+        mine["seconds"] += more["seconds"]
         mine["log"] = [a + b for a, b in zip(mine["log"], more["log"], strict=True)]
         for a, b in zip(mine["history"], more["history"], strict=True):
             a["block_losses"] = np.add(a["block_losses"], b["block_losses"]).tolist()
-            a["classifier_loss"] += b["classifier_loss"]
+            for name in ("classifier_loss", "seconds"):
+                a[name] += b[name]
 
 
 def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list[LabConfig]) -> None:

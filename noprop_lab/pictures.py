@@ -5,7 +5,7 @@ From a photograph to images like MNIST's (read_digits):
     the sheet of paper, if a darker desk lies around it             within_sheet
     ink = 1 - picture / ground, weighed by the ink's own colour     ink_of
     without the lines of ruled and squared paper, and frames        without_lines
-    connected strokes, put together to digits, from left to right   find_digits
+    connected strokes, put together to digits, from left to right   digits_of
     each thickened to MNIST's strokes, 20 pixels large, centred     like_mnist
     each also turned to both sides                                  turned
 Lengths are fractions of the picture's longer side where they can be.

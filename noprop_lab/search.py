@@ -230,7 +230,7 @@ class Worker:
         say(f"The standard error of an accuracy is {error:.2f} %: smaller differences are noise.")
         settings = best[0].user_attrs["settings"]
         with FileLock(folder / LOCK):  # others write the same files
-            content = json.dumps(self.config.saved() | settings, indent=1)
+            content = json.dumps(replace(self.config, **settings).saved(), indent=1)
             noprop.write_file(folder / "hpo_best.json", content.encode())
             enough = len(complete) >= 8  # to tell which setting decides
             for what in ("history", "slices", "importance")[: 3 if enough else 2]:

@@ -50,7 +50,7 @@ class LabConfig(Config):
     all_images: bool = False  # train on the validation images too; takes --select last
     # Folders of pictures
     image_size: int = 32  # of --dataset folder: pictures are scaled to squares of this size, in colour
-    classes: tuple[str, ...] = ()  # of --dataset folder: its subfolders to tell apart; none named: all
+    classes: tuple[str, ...] = ()  # of --dataset folder: subfolders to tell apart; no such flag: all
     mirror: bool = False  # of --dataset folder: half of the pictures are mirrored, at random
     dataset: Dataset = "mnist"
     blocks: str | None = None
@@ -168,6 +168,7 @@ class LabOptions(Options):
 
     # Used most
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
+    resume: bool = False  # go on from noprop_OBJECTIVE.pt in the output folder, exactly
     objective: Literal["hybrid", "dt", "ct", "fm", "backprop", "cascade"] | None = None  # paper: dt, ct, fm
     dataset: Dataset | None = None  # mnist if none is named; what is missing of the others is downloaded
     graphs: bool = False  # on an NVIDIA GPU: replay each training step as one CUDA graph, which is faster

@@ -355,6 +355,18 @@ def test_names_of_split_folders(tmp_path, capsys, train, test):
     found = lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
     assert [len(x.labels) for x in found] == [40, 14]
     assert capsys.readouterr().out == "Pictures to train + test on: blue 20 + 7, red 20 + 7\n"
+    with pytest.raises(noprop.Failure, match="no classes are named"):
+        lab_data.read_folder(tmp_path, LabConfig(dataset="folder"))
+
+
+def test_only_torchruns_other_processes_do_not_tell_of_pictures(tmp_path, capsys, monkeypatch):
+    blue_and_red(tmp_path, images=40)
+    monkeypatch.setenv("RANK", "1")  # of another launcher
+    for launched, told in ((False, True), (True, False)):
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
+        assert bool(capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("layout", ["", "train"])

@@ -65,3 +65,17 @@ def test_intervals_are_paired_over_images():
     assert apart[1:].std() == pytest.approx(100 * (0.01 / 1000) ** 0.5, rel=0.1)
     assert intervals.verdict(apart, 2) == "worse" and intervals.verdict(-apart, 2) == "better"
     assert intervals.verdict(0 * apart, 2) == "the same" and intervals.verdict(apart, 1) == "one replicate"
+
+
+def test_pairs_of_seeds_have_the_interval_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    base = rng.normal(99, 1, 6)
+    values = base + rng.normal(0.2, 0.1, 6)  # what the seeds have in common cancels
+    interval = stats.ttest_rel(values, base).confidence_interval(0.95)
+    assert intervals.paired(values, base) == pytest.approx([(values - base).mean(), *interval])
+
+
+def test_rows_of_a_results_file_are_paired_by_seed_in_whatever_order_they_stand():
+    one, other = {"seeds": [0, 1, 2], "a": [1.0, 2.0, 3.0]}, {"seeds": [2, 0, 1], "a": [3.0, 1.0, 2.0]}
+    assert intervals.by_seed(one, "a") == intervals.by_seed(other, "a")
+    assert intervals.by_seed([1.0, 2.0, 3.0], "a") == intervals.by_seed(one, "a")

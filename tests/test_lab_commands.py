@@ -92,8 +92,9 @@ def test_the_paper_s_preset_names_the_run_that_is_resumed(tmp_path, capsys):
     config, _, content = lab.read_command_line("train", flags)
     assert config == DTConfig.paper() and content is None
     assert "Nothing to resume" in capsys.readouterr().out
-    untrained(tmp_path, DTConfig.paper(num_blocks=1, epochs=7))  # which is not the preset's number
-    assert lab.read_command_line("train", [*flags, "--num-blocks=1"])[0].epochs == 7
+    untrained(tmp_path, DTConfig.paper(num_blocks=1, epochs=7, patience=5))  # which are not the preset's
+    found = lab.read_command_line("train", [*flags, "--num-blocks=1"])[0]
+    assert (found.epochs, found.patience) == (7, 5)
 
 
 def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):
@@ -171,6 +172,20 @@ def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks, tmp
     (tmp_path / "small.json").write_text('{"block": "small"}')
     config = lab.read_command_line("train", ["--dataset=fashion_mnist", *flags.split()])[0]
     assert config.num_blocks == num_blocks
+
+
+def test_a_written_number_of_dimensions_is_a_setting_only_where_it_was_chosen(tmp_path):
+    """saved() always writes it; other embeddings and other numbers of classes bring their own."""
+    for config, flags, dim in (
+        (LabConfig(), ["--embedding=onehot"], 10),
+        (LabConfig(embedding="onehot"), ["--embedding=learned"], 20),
+        (LabConfig(), ["--dataset=cifar100"], 100),
+        (LabConfig(embed_dim=30), ["--embedding=fixed"], 30),
+        (LabConfig(embed_dim=30), ["--embed-dim=40"], 40),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(config.saved()))
+        found = lab.read_command_line("train", [f"--config={tmp_path / 'a.json'}", *flags])[0]
+        assert found.dim == dim
 
 
 def test_the_twins_threads_are_a_setting_that_a_file_may_have(tmp_path):
@@ -265,6 +280,7 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --objective dt --num-blocks 50 --weights equal --temperature 0", "learn nothing: take ddpm"),
         ("train --objective backprop --step-threads 0", "step_threads must be at least 1"),
         ("train --objective cascade --preset paper", "--preset paper is a setting of --objective dt"),
+        ("train --objective ct --preset reference", "--preset reference does not go with --objective ct"),
         ("train --objective none", "--objective"),
         ("train --embedding onehot --embed-dim 30", "embedding onehot has 10 dimensions"),
         ("train --dataset cifar10 --classes a b", "classes are those of dataset folder"),

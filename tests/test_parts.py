@@ -49,6 +49,9 @@ def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path, names)
     last = [x["training"]["history"][-1] for x in (merged, whole)]
     losses = [[*x["block_losses"], x["classifier_loss"]] for x in last]
     assert losses[0] == pytest.approx(losses[1]) and last[0]["val_accuracy"] is None  # no chain was measured
+    seconds = [checkpoint(parts / name)["training"]["seconds"] for name in names]
+    assert merged["training"]["seconds"] == pytest.approx(sum(seconds))
+    assert last[0]["seconds"] == pytest.approx(sum(seconds))
     assert {x.name for x in tmp_path.iterdir()} == {x.name for x in (parts / "whole").iterdir()}
     assert merge(*(parts / name for name in names), into=tmp_path) == 0  # which takes no network's place
     assert same(contents(tmp_path / "noprop_hybrid.1.pt")["model"], merged["model"])

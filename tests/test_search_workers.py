@@ -229,6 +229,18 @@ def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     assert given[0].saved() == content["config"]
 
 
+def test_the_best_settings_that_are_written_are_those_of_the_final_run(tmp_path, monkeypatch):
+    """D goes with the embedding that is best, not with the one that the search began with."""
+
+    def suggest(trial) -> dict:
+        return {"embedding": trial.suggest_categorical("embedding", ["onehot"])}
+
+    monkeypatch.setattr(noprop, "suggest", suggest)
+    assert search(tmp_path, hpo_trials=1) == 0
+    flags = [f"--config={tmp_path / 'hpo_best.json'}"]
+    assert lab.read_command_line("train", flags)[0].dim == 10
+
+
 @pytest.mark.parametrize("objective", ["loss", "error"])
 def test_what_a_trial_is_judged_by(tmp_path, objective):
     assert search(tmp_path, f"--hpo-objective={objective}", hpo_trials=1) == 0
