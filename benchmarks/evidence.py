@@ -9,6 +9,8 @@
     python benchmarks/evidence.py ablation --seeds 3     every change that was made, taken back one at a time
     python benchmarks/evidence.py paper                  the paper's table, in runs of 200 s at most (1 hour);
                                                          --fashion-mnist DIR: on that too (2 hours)
+    python benchmarks/evidence.py brief                  plain CNNs after as few epochs as these tables have
+                                                         (10 minutes); takes --fashion-mnist DIR
     python benchmarks/evidence.py fashion                Fashion-MNIST with its own settings (5 hours);
                                                          takes --fashion-mnist DIR
     python benchmarks/evidence.py cheaper                time and memory, from benchmarks/speed.py
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
-from benchmarks import intervals
+from benchmarks import control, intervals
 from benchmarks.seeds import (
     DOCS,
     best_test_accuracy,
@@ -177,7 +179,18 @@ def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
             old = rows.get(part, {})
             seen = {column: [*old[column], *more[column]] for column in more} if SEEDS in old else more
             rows[part] = seen | {column: old[column] for column in ("seconds", PEAK) if column in old}
-    return rows
+    ten = intervals.right_and_loss(ten_cnns())[0].mean((1, 2)).tolist()
+    return rows | {
+        control.TEN: {SEEDS: [100 + 10 * replicate for replicate in range(len(ten))], "test accuracy": ten}
+    }
+
+
+def ten_cnns(number: int | None = None) -> np.ndarray:
+    """What ten plain CNNs, averaged, answer in so many replicates of control.py, (R, 1, 2, N); None: all."""
+    files = control.replicates_of("control-mnist")
+    if len(files) < (number or 1):
+        raise SystemExit(f"error: there are {len(files)} replicates of the control: run control.py first")
+    return np.stack([np.load(x)[control.TEN] for x in files[:number]])
 
 
 def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows:
@@ -317,16 +330,20 @@ def ladder_of(model: noprop.NoProp, test: noprop.Split) -> dict[str, np.ndarray]
     return {name: right_ones(test, answer) for name, answer in found.items()}
 
 
-def ladder_rows(models: list[noprop.NoProp], test: noprop.Split) -> Rows:
-    """Accuracies by ladder_of(), and what tells them from the first; keeps which images are right."""
+def ladder_rows(models: list[noprop.NoProp], test: noprop.Split, others: dict[str, np.ndarray]) -> Rows:
+    """Accuracies by ladder_of(), and of others, and what tells them from the first.
+
+    Keeps which images are right. others: as intervals.packed() keeps them, (R, 1, 2, N).
+    """
     found = [ladder_of(model, test) for model in models]
     for model, rows in zip(models, found, strict=True):
         path = RESULTS / f"ladder-{getattr(model.config, 'dataset', 'mnist')}-{model.config.seed}.npz"
         keep_answers(path, names=np.array([*rows]), right=np.packbits([*rows.values()], axis=1))
     base, *_ = found[0]
-    drawn = intervals.resampled({x: intervals.as_kept([rows[x] for rows in found]) for x in found[0]}, 0)
+    rows = {x: intervals.as_kept([rows[x] for rows in found]) for x in found[0]} | others
+    drawn = intervals.resampled(rows, 0)
     return {
-        name: {"test accuracy": [100 * rows[name].mean() for rows in found]}
+        name: {"test accuracy": intervals.right_and_loss(rows[name])[0].mean((1, 2)).tolist()}
         | ({LESS: intervals.numbers(x - drawn[base])} if name != base else {})
         for name, x in drawn.items()
     }
@@ -334,7 +351,8 @@ def ladder_rows(models: list[noprop.NoProp], test: noprop.Split) -> Rows:
 
 def ladder(seeds: range) -> Rows:
     """What does the chain of blocks do? Networks of the default, used rightly and wrongly."""
-    return ladder_rows(networks(seeds), noprop.load_data(noprop.Config()).test)
+    others = {control.TEN: ten_cnns(len(seeds))}
+    return ladder_rows(networks(seeds), noprop.load_data(noprop.Config()).test, others)
 
 
 def inference(model: noprop.NoProp, val: noprop.Split) -> dict[str, float]:
@@ -429,14 +447,43 @@ def mib_and_seconds(config: LabConfig, cores: int) -> tuple[float, float]:
         return peak_bytes(state.model, step) / 2**20, seconds
 
 
+def small_blocks(fashion_mnist: Path | None) -> dict[str, list[str]]:
+    """Flags by data set: with small blocks on both."""
+    own = ["--block=small", "--dataset=fashion_mnist", f"--data-root={fashion_mnist}"]
+    return {"MNIST": []} | ({"Fashion-MNIST": own} if fashion_mnist else {})
+
+
+def brief(seeds: range, fashion_mnist: Path | None = None) -> Rows:
+    """What do plain CNNs of a block's size have after as few epochs as the short runs here?"""
+    rows: Rows = {}
+    for dataset, of_set in small_blocks(fashion_mnist).items():
+        [name] = (x for x, title in control.DATASETS.items() if title == dataset)
+        rates = json.loads((RESULTS / f"control-{name}-rates.json").read_text())
+        twin = ["--objective=backprop", "--num-blocks=1", f"--lr={control.best_rate(rates['cnns'])}"]
+        for epochs, count in ((2, 10), (10, 1)):
+            flags = [f"--epochs={epochs}", *ALONE, *twin, *of_set]
+            numbers = [range(100 + 10 * seed, 100 + 10 * seed + count) for seed in seeds]
+            run({"plain CNN": flags}, [x for of_one in numbers for x in of_one], at_once=2)
+            models = [[network_of(folder_of(flags, x)) for x in of_one] for of_one in numbers]
+            data = load_data(models[0][0].config, fashion_mnist if of_set else noprop.Options.data_root)
+            for which, split in (("validation %", data.val), ("%", data.test)):
+                for of_one in models:
+                    log_p = torch.cat([control.log_p_of(x, split.images) for x in of_one], 1)
+                    both = {"one plain CNN": list(log_p.unbind(1)), control.TEN: [control.averaged(log_p)]}
+                    for name in both if count == 10 else ["one plain CNN"]:
+                        row = rows.setdefault(f"{name}, {epochs} epochs", {})
+                        kept = np.stack([intervals.packed(x, split.labels) for x in both[name]])
+                        right, loss = intervals.right_and_loss(kept)
+                        row.setdefault(f"{dataset}, {which}", []).append(right.mean())
+                        if which == "%":
+                            row.setdefault(f"{dataset}, nll", []).append(loss.mean())
+    return rows
+
+
 def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
     """The paper's table: its three algorithms, three embeddings, and backpropagation, in short runs."""
     rows: Rows = {}
-    sets: dict[str, list[str]] = {"MNIST": []}
-    if fashion_mnist:
-        own_root = f"--data-root={fashion_mnist}"
-        sets["Fashion-MNIST"] = ["--block=small", "--dataset=fashion_mnist", own_root]
-    for dataset, of_set in sets.items():
+    for dataset, of_set in small_blocks(fashion_mnist).items():
         flags = {name: [*own, *of_set] for name, (own, _) in PAPER.items()}
         for name, found in run(flags, seeds, at_once=2).items():
             row = rows.setdefault(name, {"epochs": [x["epochs"] for x in found]})
@@ -491,7 +538,7 @@ def fashion(seeds: range, fashion_mnist: Path) -> Rows:
     found = [inferred(model, 0.0, test) for model in dt]
     row = {column: [x[key][-1] for x in found] for column, key in columns.items()}
     rows["NoProp-DT, one-hot, at τ = 0"] = row
-    _, *others = ladder_rows(chains, test).items()  # the chain is there already
+    _, *others = ladder_rows(chains, test, {}).items()  # the chain is there already
     rows |= dict(others)
     configs = {name: first.config for name, [first, *_] in (models | {cnn: three}).items()}
     found = seconds_of_steps({name: [config] for name, config in configs.items()}, rounds=5)
@@ -533,7 +580,7 @@ def kept(name: str) -> dict:
 
 TABLES = {
     table.__name__: table
-    for table in (headline, ladder, objectives, embeddings, ablation, paper, fashion, cheaper)
+    for table in (headline, ladder, objectives, embeddings, ablation, paper, brief, fashion, cheaper)
 }
 BLUE, GREY, RED = "#0072B2", "#888888", "#D55E00"
 
@@ -653,10 +700,12 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--times", action="store_true", help="of headline: measure only its seconds anew")
     parser.add_argument("--rows", nargs="+", choices=HEADLINE, help="of headline: only these", metavar="NAME")
-    parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="for paper and fashion: its files")
+    parser.add_argument(
+        "--fashion-mnist", type=Path, metavar="DIR", help="for paper, brief, fashion: its files"
+    )
     arguments = parser.parse_args()
-    if arguments.fashion_mnist and arguments.table not in ("paper", "fashion"):
-        parser.error("--fashion-mnist is of the tables paper and fashion: leave it out")
+    if arguments.fashion_mnist and arguments.table not in ("paper", "brief", "fashion"):
+        parser.error("--fashion-mnist is of the tables paper, brief and fashion: leave it out")
     if arguments.table == "fashion" and not arguments.fashion_mnist:
         parser.error("fashion takes --fashion-mnist DIR, the folder with its files")
     if (arguments.times or arguments.rows) and arguments.table != "headline":
@@ -669,7 +718,9 @@ def main() -> int:
     found = kept(name)
     first_row = next(iter(found.get("rows", {}).values()), {})
     fewer = name not in ("headline", "cheaper") and any(len(x) > arguments.seeds for x in first_row.values())
-    if fewer or (name == "paper" and "Fashion" in str([*first_row]) and not arguments.fashion_mnist):
+    if fewer or (
+        name in ("paper", "brief") and "Fashion" in str([*first_row]) and not arguments.fashion_mnist
+    ):
         parser.error(f"{results_file(name)} holds more than that: ask for as much, or move it away")
     if arguments.times:
         if missing := HEADLINE.keys() - found.get("rows", {}).keys():

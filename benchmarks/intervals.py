@@ -154,7 +154,9 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}; how it is called stands at the top of {__file__}", file=sys.stderr)
         return 2
-    seeds = sorted(one.keys() & other.keys())
+    if len(seeds := sorted(one.keys() & other.keys())) < 2:
+        print(f"error: {first} and {second} have {len(seeds)} seeds in common", file=sys.stderr)
+        return 2
     print(f"{len(seeds)} seeds: {shown(paired([one[x] for x in seeds], [other[x] for x in seeds]), 3)}")
     return 0
 

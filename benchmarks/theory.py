@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.control import DATASETS, RESULTS, chain, path_of
-from benchmarks.seeds import mean_and_error, write
+from benchmarks.seeds import mean_and_error, refuse_fewer, write
 from noprop_lab import networks
 from noprop_lab.data import load_data
 from noprop_lab.settings import LabConfig
@@ -154,13 +154,14 @@ def gram_of(model: noprop.NoProp) -> list[float]:
 
 
 def table(by_seed: list[dict[str, list[float]]]) -> str:
-    """The Markdown table: a measure a row, a block a column; means over seeds."""
+    """The Markdown table: a measure a row, a block a column; means, and a row's largest standard error."""
     T = len(next(iter(by_seed[0].values())))
-    lines = [f"| block | {' | '.join(str(t + 1) for t in range(T))} |", "|---" * (T + 1) + "|"]
+    lines = [f"| block | {' | '.join(str(t + 1) for t in range(T))} | ± at most |", "|---" * (T + 2) + "|"]
     for name in by_seed[0]:
         digits = 3 if name.startswith("distance") else 1
-        cells = [f"{mean_and_error([x[name][t] for x in by_seed])[0]:.{digits}f}" for t in range(T)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        means, errors = zip(*(mean_and_error([x[name][t] for x in by_seed]) for t in range(T)), strict=True)
+        cells = [f"{x:.{digits}f}" for x in (*means, max(errors))]
+        lines.append(f"| {name} | {' | '.join(cells).removesuffix('nan')} |")
     return "\n".join(lines)
 
 
@@ -174,11 +175,14 @@ def main() -> int:
     paths = [path for path in map(path_of, configs) if path.exists()]
     if not paths:
         parser.error("runs/control below this folder has no network of NoProp: control.py trains them")
+    refuse_fewer(path := RESULTS / f"theory-{given.dataset}.json", "seeds", len(paths))
     by_floor = {x: [measure(networks.load(path), data.val, x) for path in paths] for x in FLOORS}
     gram = {path.name: gram_of(networks.load(path)) for path in paths}
-    kept = {"command": f"theory.py {given.dataset}", "smallest, largest square, largest product": gram}
+    seeds = [networks.read_checkpoint(x)["config"].seed for x in paths]
+    kept = {"command": f"theory.py {given.dataset}", "seeds": seeds} | noprop.made_with(noprop.CPU)
+    kept |= {"smallest, largest square, largest product": gram}
     kept |= {"by floor, by seed": by_floor}
-    (RESULTS / f"theory-{given.dataset}.json").write_text(json.dumps(kept) + "\n")
+    path.write_text(json.dumps(kept) + "\n")
     noprop.say(text := table(by_floor[FLOORS[0]]))
     write(f"theory {given.dataset}", text)
     return 0
