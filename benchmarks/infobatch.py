@@ -1,12 +1,12 @@
 """Fewer steps on what is learned already: InfoBatch (Qin et al., arXiv 2303.04947) beside the default.
 
     python benchmarks/infobatch.py --seeds 6      train what is missing, on 45,000 training images; report
-    python benchmarks/infobatch.py --report       table in docs/speed.md, from benchmarks/results/infobatch-*.npz
+    python benchmarks/infobatch.py --report       its table in docs/speed.md, from benchmarks/results/
 
 In each epoch an image whose loss, when last seen, was below the mean is left out with probability R, and
 stands for others, with weight 1 / (1 - R), where it is not: the expected gradient stays. The last epochs,
-from the share FULL on, have all images. All else is the default's. The 15,000 other training images answer, beside
-the answers of frontier.py's networks of 12, 9 and 8 epochs and the same seeds; no test image is read.
+from the share FULL on, have all images. All else is the default's. The 15,000 other training images answer,
+beside the answers of frontier.py's networks of 12, 9 and 8 epochs and the same seeds; no test image is read.
 """
 
 import argparse
