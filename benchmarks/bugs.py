@@ -662,6 +662,8 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (SCRIPT, "torch.cdist(u_hat, W)", "torch.cdist(z, W)"),
     (f"{LAB}/__main__.py", '("epochs", "patience") if saved', '("epochs",) if saved'),
     (f"{LAB}/__main__.py", 'del file["embed_dim"]', "pass"),
+    (f"{LAB}/__main__.py", 'if "seed" in file and not saved and own', "if not saved and own"),
+    (f"{LAB}/__main__.py", 'if "seed" in file and not saved and own', 'if "seed" in file and own'),
     (f"{LAB}/search.py", "replace(self.config, **settings).saved()", "self.config.saved() | settings"),
     (f"{LAB}/parts.py", 'mine["seconds"] += more["seconds"]', "pass"),
     (f"{LAB}/parts.py", '("classifier_loss", "seconds")', '("classifier_loss",)'),

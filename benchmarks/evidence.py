@@ -174,23 +174,22 @@ def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
 def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
     """Which way of training is best? Test accuracy of the weights that validation selects."""
     test, rows = noprop.load_data(noprop.Config()).test, kept("headline").get("rows", {})
+    ten = intervals.right_and_loss(ten_cnns())[0].mean((1, 2)).tolist()
     for name in names:
         for part, more in headline_of(name, seeds, test, rows).items():
             old = rows.get(part, {})
             seen = {column: [*old[column], *more[column]] for column in more} if SEEDS in old else more
             rows[part] = seen | {column: old[column] for column in ("seconds", PEAK) if column in old}
-    ten = intervals.right_and_loss(ten_cnns())[0].mean((1, 2)).tolist()
     return rows | {
         control.TEN: {SEEDS: [100 + 10 * replicate for replicate in range(len(ten))], "test accuracy": ten}
     }
 
 
-def ten_cnns(number: int | None = None) -> np.ndarray:
-    """What ten plain CNNs, averaged, answer in so many replicates of control.py, (R, 1, 2, N); None: all."""
-    files = control.replicates_of("control-mnist")
-    if len(files) < (number or 1):
-        raise SystemExit(f"error: there are {len(files)} replicates of the control: run control.py first")
-    return np.stack([np.load(x)[control.TEN] for x in files[:number]])
+def ten_cnns() -> np.ndarray:
+    """What ten plain CNNs, averaged, answer in each replicate of control.py, (R, 1, 2, N)."""
+    if not (files := control.replicates_of("control-mnist")):
+        raise SystemExit("error: the last row is of control.py: run that first")
+    return np.stack([np.load(x)[control.TEN] for x in files])
 
 
 def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows:
@@ -351,7 +350,8 @@ def ladder_rows(models: list[noprop.NoProp], test: noprop.Split, others: dict[st
 
 def ladder(seeds: range) -> Rows:
     """What does the chain of blocks do? Networks of the default, used rightly and wrongly."""
-    others = {control.TEN: ten_cnns(len(seeds))}
+    ten = ten_cnns()[: len(seeds)]  # where there are as many: replicates count alike in resampled()
+    others = {control.TEN: ten} if len(ten) == len(seeds) else {}
     return ladder_rows(networks(seeds), noprop.load_data(noprop.Config()).test, others)
 
 
@@ -448,16 +448,16 @@ def mib_and_seconds(config: LabConfig, cores: int) -> tuple[float, float]:
 
 
 def small_blocks(fashion_mnist: Path | None) -> dict[str, list[str]]:
-    """Flags by data set: with small blocks on both."""
+    """Flags by data set, as control.DATASETS names them: with small blocks on both."""
     own = ["--block=small", "--dataset=fashion_mnist", f"--data-root={fashion_mnist}"]
-    return {"MNIST": []} | ({"Fashion-MNIST": own} if fashion_mnist else {})
+    return {"mnist": []} | ({"fashion_mnist": own} if fashion_mnist else {})
 
 
 def brief(seeds: range, fashion_mnist: Path | None = None) -> Rows:
     """What do plain CNNs of a block's size have after as few epochs as the short runs here?"""
     rows: Rows = {}
-    for dataset, of_set in small_blocks(fashion_mnist).items():
-        [name] = (x for x, title in control.DATASETS.items() if title == dataset)
+    for name, of_set in small_blocks(fashion_mnist).items():
+        dataset = control.DATASETS[name]
         rates = json.loads((RESULTS / f"control-{name}-rates.json").read_text())
         twin = ["--objective=backprop", "--num-blocks=1", f"--lr={control.best_rate(rates['cnns'])}"]
         for epochs, count in ((2, 10), (10, 1)):
@@ -484,6 +484,7 @@ def paper(seeds: range, fashion_mnist: Path | None = None) -> Rows:
     """The paper's table: its three algorithms, three embeddings, and backpropagation, in short runs."""
     rows: Rows = {}
     for dataset, of_set in small_blocks(fashion_mnist).items():
+        dataset = control.DATASETS[dataset]
         flags = {name: [*own, *of_set] for name, (own, _) in PAPER.items()}
         for name, found in run(flags, seeds, at_once=2).items():
             row = rows.setdefault(name, {"epochs": [x["epochs"] for x in found]})
@@ -630,7 +631,7 @@ def draw(rows: Rows, title: str):
 
 def activations(axes, rows: Rows) -> None:
     measured = {name: row for name, row in rows.items() if "MiB, T = 1" in row}
-    for (name, row), marker in zip(measured.items(), "os^Dv", strict=False):
+    for (name, row), marker in zip(measured.items(), "os^DvP*X", strict=False):
         memory = {int(x.split()[-1]): row[x][0] for x in row if x.startswith("MiB")}
         ratio = next(value for column, [value] in row.items() if "÷" in column)
         label = f"{name} (time of a step at T = 10: {ratio:.2f})"

@@ -87,12 +87,7 @@ def main() -> int:
     seeds, name = range(arguments.seeds), f"NoProp-{arguments.objective.upper()}"
     flow = [f"--objective={arguments.objective}", *flags]
     default = lab.read_command_line("train", [flow[0], *dataset, *machine])[0]
-    parts = [
-        "flows",
-        arguments.objective,
-        default.dataset,
-        *([folder_of(named, 0).parent.name] * bool(named)),
-    ]
+    parts = ["flows", arguments.objective, default.dataset] + [folder_of(named, 0).parent.name] * bool(named)
     path = Path(__file__).parent / "results" / f"{'-'.join(parts)}.json"
     refuse_fewer(path, "seeds", len(seeds))
     results = run({name: flow}, seeds)[name]

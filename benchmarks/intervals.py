@@ -146,10 +146,8 @@ def main(arguments: list[str]) -> int:
     try:
         path, *names = arguments
         first, second, *columns = names
-        rows, columns = (
-            json.loads(Path(path).read_text(encoding="utf-8"))["rows"],
-            columns or ["test accuracy"],
-        )
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        columns = columns or ["test accuracy"]
         one, other = by_seed(rows[first], columns[0]), by_seed(rows[second], columns[-1])
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}; how it is called stands at the top of {__file__}", file=sys.stderr)

@@ -116,8 +116,9 @@ def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | N
     file = read_settings(options.config)
     if unknown := file.keys() - {field.name for field in fields(kind)}:
         raise Failure(f"cannot use {options.config}: {', '.join(sorted(unknown))} is no setting of this")
-    with suppress(Failure):  # where D is as its other settings have it, it is none of its own
-        if kind(**{name: x for name, x in file.items() if name != "embed_dim"}).dim == file.get("embed_dim"):
+    with suppress(Failure):  # written by a run, with all settings: D is a choice only if those had another
+        own = kind(**{name: x for name, x in file.items() if name != "embed_dim"}).dim
+        if "seed" in file and not saved and own == file.get("embed_dim"):
             del file["embed_dim"]
     if options.preset == "paper" and not hasattr(kind, "paper"):
         raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")

@@ -174,7 +174,7 @@ def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks, tmp
     assert config.num_blocks == num_blocks
 
 
-def test_a_written_number_of_dimensions_is_a_setting_only_where_it_was_chosen(tmp_path):
+def test_a_written_number_of_dimensions_is_a_setting_only_where_it_was_chosen(tmp_path, capsys):
     """saved() always writes it; other embeddings and other numbers of classes bring their own."""
     for config, flags, dim in (
         (LabConfig(), ["--embedding=onehot"], 10),
@@ -186,6 +186,13 @@ def test_a_written_number_of_dimensions_is_a_setting_only_where_it_was_chosen(tm
         (tmp_path / "a.json").write_text(json.dumps(config.saved()))
         found = lab.read_command_line("train", [f"--config={tmp_path / 'a.json'}", *flags])[0]
         assert found.dim == dim
+    (tmp_path / "b.json").write_text('{"embed_dim": 20}')  # by hand
+    file = f"--config={tmp_path / 'b.json'}"
+    assert lab.read_command_line("train", [file, "--dataset=cifar100"])[0].dim == 20
+    (tmp_path / "a.json").write_text(json.dumps(LabConfig(num_blocks=3).saved()))
+    untrained(tmp_path, LabConfig(num_blocks=3, embed_dim=30))
+    flags = ["train", "--resume", f"--config={tmp_path / 'a.json'}", f"--output-dir={tmp_path}"]
+    refused(capsys, 2, flags, "--embed-dim 20 contradicts")
 
 
 def test_the_twins_threads_are_a_setting_that_a_file_may_have(tmp_path):

@@ -62,9 +62,8 @@ def draw_training(axes):
     corner = "angle,angleA=90,angleB=180,rad=4"
     arrow(axes, (6.18, 1.42), (6.675, 0.42), connectionstyle=corner)
     arrow(axes, (6.675, 0.18), (5.1, 0.9), ORANGE, ls="--", connectionstyle="angle,angleA=0,angleB=90,rad=4")
-    note = (
-        "dashed: gradients, which end at a block and at $W$\n(by $u_y$ in a loss too). $W$ takes the sum of what\nall blocks hand back."
-    )
+    note = "dashed: gradients, which end at a block and at $W$\n(by $u_y$ in a loss too). "
+    note += "$W$ takes the sum of what\nall blocks hand back."
     axes.text(0.1, 0.14, note, size=11, color=ORANGE, va="center", linespacing=1.4)
 
 
