@@ -7,7 +7,7 @@ In each epoch an image whose loss, when last seen, was below the mean is left ou
 stands for others, with weight 1 / (1 - R), where it is not. Its loss is the sum of the blocks' (without that
 of the classifier). From the share FULL of the epochs on, which is the last of 12, all images count. All else
 is the default's; also AdamW, which cares little for a gradient's size, so that fewer steps are less movement.
-The 15,000 other training images answer, beside the answers of frontier.py's networks of 12, 9 and 8 epochs and
+The 15,000 other training images answer, beside the answers of frontier.py's networks of 12, 9, 8 epochs and
 the same seeds (of another device); no test image is read.
 """
 
