@@ -289,7 +289,7 @@ class Hybrid:
     """η₁ MSE(ε̂, ε) + η₂ MSE(û, u) for each block; cross-entropy for the classifier, which reads û_T.
 
     û - u = -(ε̂ - ε)/√SNR, with SNR = ᾱ/(1-ᾱ): so both are one error, (η₁ SNR + η₂) MSE(û, u) together.
-    W = 0 would make it 0; with the cross-entropy W's rows, of length 1 at first, end at ‖u‖² of 1.8 to 2.2.
+    W = 0 would make it 0; with the cross-entropy W's rows, of length 1 at first, end at ‖u‖² of 1.6 to 2.6.
     """
 
     eta: float = 2.0
