@@ -690,8 +690,13 @@ def dots(axes, rows: Rows, column: str) -> None:
 def write_report(name: str, found: dict) -> None:
     """Put a table and its picture into docs/evidence.md, between their marks."""
     made = f"`python benchmarks/evidence.py {found['command']}`, PyTorch {found['torch']}"
-    picture = f"![{TABLES[name].__doc__}](img/evidence_{name}.png)"
-    write(name, f"{picture}\n\n{markdown(found['rows'])}\n\n{made}")
+    picture = f"![{TABLES[name].__doc__}](img/evidence_{name}.png)\n\n" if is_drawn(found["rows"]) else ""
+    write(name, f"{picture}{markdown(found['rows'])}\n\n{made}")
+
+
+def is_drawn(rows: Rows) -> bool:
+    """Whether a table has a picture: a few rows say as much by themselves."""
+    return len(rows) > 3
 
 
 def main() -> int:
@@ -738,7 +743,8 @@ def main() -> int:
     print(markdown(rows := found["rows"]))
     results_file(name).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(name, found)
-    return noprop.picture(draw, DOCS / "img" / f"evidence_{name}.png", rows, TABLES[name].__doc__)
+    picture = DOCS / "img" / f"evidence_{name}.png"
+    return noprop.picture(draw, picture, rows, TABLES[name].__doc__) if is_drawn(rows) else 0
 
 
 if __name__ == "__main__":
