@@ -67,10 +67,7 @@ from typeguard import TypeCheckError, check_type
 
 RUN_HPO = False  # what a bare call does. True: search hyperparameters with Optuna (--run-hpo); False: train.
 CPU, BESIDE = torch.device("cpu"), Path(__file__).resolve().parent / "data"
-CHANNELS_LAST = (
-    "cpu",
-    "cuda",
-)  # devices with that layout, on a CPU 1.7 times as fast; on MPS it has been wrong
+CHANNELS_LAST = "cpu", "cuda"  # devices with that layout, 1.7 times as fast on a CPU; on MPS it was wrong
 
 
 # --- Randomness --------------------------------------------------------------------------------------------
