@@ -667,7 +667,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/search.py", "replace(self.config, **settings).saved()", "self.config.saved() | settings"),
     (f"{LAB}/parts.py", 'mine["seconds"] += more["seconds"]', "pass"),
     (f"{LAB}/parts.py", '("classifier_loss", "seconds")', '("classifier_loss",)'),
-    (f"{LAB}/data.py", ' or "TORCHELASTIC_RUN_ID" not in os.environ', ""),
+    (f"{LAB}/data.py", "if parallel.rank_and_size()[0] == 0:", 'if os.environ.get("RANK", "0") == "0":'),
     (f"{LAB}/data.py", "if not config.classes:", "if False:"),
 ]
 

@@ -174,7 +174,7 @@ def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
 def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
     """Which way of training is best? Test accuracy of the weights that validation selects."""
     test, rows = noprop.load_data(noprop.Config()).test, kept("headline").get("rows", {})
-    ten = intervals.right_and_loss(ten_cnns())[0].mean((1, 2)).tolist()
+    ten, *_ = control.measured(ten_cnns())
     for name in names:
         for part, more in headline_of(name, seeds, test, rows).items():
             old = rows.get(part, {})
@@ -453,6 +453,15 @@ def small_blocks(fashion_mnist: Path | None) -> dict[str, list[str]]:
     return {"mnist": []} | ({"fashion_mnist": own} if fashion_mnist else {})
 
 
+def plain_cnns(models: list[noprop.NoProp], split: noprop.Split) -> dict[str, np.ndarray]:
+    """Accuracy and loss of one of these networks, on average, and where there are ten of their mean."""
+    log_p = torch.cat([control.log_p_of(x, split.images) for x in models], 1)  # (N, networks, classes)
+    found = {"one plain CNN": log_p.unbind(1)}
+    found |= {control.TEN: [control.averaged(log_p)]} if len(models) > 1 else {}
+    kept = {row: np.stack([intervals.packed(x, split.labels) for x in of]) for row, of in found.items()}
+    return {row: np.array(intervals.right_and_loss(x)).mean((1, 2)) for row, x in kept.items()}
+
+
 def brief(seeds: range, fashion_mnist: Path | None = None) -> Rows:
     """What do plain CNNs of a block's size have after as few epochs as the short runs here?"""
     rows: Rows = {}
@@ -468,15 +477,11 @@ def brief(seeds: range, fashion_mnist: Path | None = None) -> Rows:
             data = load_data(models[0][0].config, fashion_mnist if of_set else noprop.Options.data_root)
             for which, split in (("validation %", data.val), ("%", data.test)):
                 for of_one in models:
-                    log_p = torch.cat([control.log_p_of(x, split.images) for x in of_one], 1)
-                    both = {"one plain CNN": list(log_p.unbind(1)), control.TEN: [control.averaged(log_p)]}
-                    for name in both if count == 10 else ["one plain CNN"]:
-                        row = rows.setdefault(f"{name}, {epochs} epochs", {})
-                        kept = np.stack([intervals.packed(x, split.labels) for x in both[name]])
-                        right, loss = intervals.right_and_loss(kept)
-                        row.setdefault(f"{dataset}, {which}", []).append(right.mean())
+                    for row, (accuracy, loss) in plain_cnns(of_one, split).items():
+                        columns = rows.setdefault(f"{row}, {epochs} epochs", {})
+                        columns.setdefault(f"{dataset}, {which}", []).append(accuracy)
                         if which == "%":
-                            row.setdefault(f"{dataset}, nll", []).append(loss.mean())
+                            columns.setdefault(f"{dataset}, nll", []).append(loss)
     return rows
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import frontier, intervals
-from benchmarks.control import log_p_of
+from benchmarks.control import log_p_of, measured
 from benchmarks.seeds import keep_answers, mean, write
 from noprop_example import Config, State, generator
 
@@ -95,11 +95,11 @@ def report() -> int:
     if len(files) < 2:
         raise SystemExit("error: two seeds must be trained at least: run this without --report first")
     ours = np.stack([x["chain"][None] for x in files])
-    right, loss = intervals.right_and_loss(ours)
+    accuracies, losses, _ = measured(ours)
     steps = np.mean([x["steps"] for x in files])
     columns = "", "steps", "accuracy", "nll", "InfoBatch less this, points"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    cells = [f"{steps:.0f}", mean(right.mean((1, 2)).tolist()), mean(loss.mean((1, 2)).tolist(), 4)]
+    cells = [f"{steps:.0f}", mean(accuracies), mean(losses, 4)]
     lines.append(f"| InfoBatch, 12 epochs | {' | '.join(cells)} | |")
     for setting in (frontier.DEFAULT, *frontier.QUICKER):
         theirs = [rows[setting.key(seed)]["alone"] for seed in seeds]

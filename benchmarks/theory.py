@@ -176,9 +176,10 @@ def main() -> int:
     if not paths:
         parser.error("runs/control below this folder has no network of NoProp: control.py trains them")
     refuse_fewer(path := RESULTS / f"theory-{given.dataset}.json", "seeds", len(paths))
-    by_floor = {x: [measure(networks.load(path), data.val, x) for path in paths] for x in FLOORS}
-    gram = {path.name: gram_of(networks.load(path)) for path in paths}
-    seeds = [networks.read_checkpoint(x)["config"].seed for x in paths]
+    models = [networks.load(path) for path in paths]
+    by_floor = {x: [measure(model, data.val, x) for model in models] for x in FLOORS}
+    gram = {path.name: gram_of(model) for path, model in zip(paths, models, strict=True)}
+    seeds = [model.config.seed for model in models]
     kept = {"command": f"theory.py {given.dataset}", "seeds": seeds} | noprop.made_with(noprop.CPU)
     kept |= {"smallest, largest square, largest product": gram}
     kept |= {"by floor, by seed": by_floor}

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -185,16 +186,9 @@ def seconds_in_a_process(kept: bool) -> float:
 def child(kept: bool) -> None:
     """Print the median seconds of the passes."""
     block = blocks()[OURS]
-
-    def measure() -> float:
-        return statistics.median(interleaved({"": lambda: passes(block)}, 15)[""])
-
-    if kept:
-        with noprop.workers(noprop.CPU, 1):
-            print(measure())
-    else:
-        torch.set_num_threads(1)
-        print(measure())
+    torch.set_num_threads(1)
+    with noprop.workers(noprop.CPU, 1) if kept else nullcontext():
+        print(statistics.median(interleaved({"": lambda: passes(block)}, 15)[""]))
 
 
 # --- Report ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import noprop_example
 from noprop_example import CPU, Data, Failure, Split, augment, read_mnist, say, send, split_data
+from noprop_lab import parallel
 from noprop_lab.cascade import several_views
 from noprop_lab.pictures import read_picture
 from noprop_lab.settings import LabConfig
@@ -230,7 +231,7 @@ def read_folder(root: Path, config: LabConfig) -> tuple[Split, Split]:
     for place, part, use in zip((train, test or train), parts, ("train", "test"), strict=True):
         if len(part) < 10:
             raise Failure(f"{place} has too few pictures to {use} on: {len(part)} of at least 10")
-    if os.environ.get("RANK") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ:  # RANK may be another's
+    if parallel.rank_and_size()[0] == 0:
         tell_pictures(config.classes, [[label for _, label in part] for part in parts], skipped, root)
     return tuple(
         Split(

@@ -16,6 +16,7 @@ from laboratory import flags_of, lab, quick_lab, refused, untrained
 from PIL import Image
 
 from noprop_lab import data as lab_data
+from noprop_lab import parallel
 from noprop_lab.networks import load
 from noprop_lab.pictures import read_picture
 from noprop_lab.settings import SOURCES, LabConfig
@@ -364,7 +365,7 @@ def test_only_torchruns_other_processes_do_not_tell_of_pictures(tmp_path, capsys
     monkeypatch.setenv("RANK", "1")  # of another launcher
     for launched, told in ((False, True), (True, False)):
         if launched:
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+            monkeypatch.setattr(parallel, "rank_and_size", lambda: (1, 2))
         lab_data.read_folder(tmp_path, LabConfig(dataset="folder", classes=("blue", "red")))
         assert bool(capsys.readouterr().out) == told
 
