@@ -470,10 +470,7 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        sha = hashlib.sha256()
-        for part in (*self.train, *self.val, *(self.test or ())):
-            sha.update(part.cpu().numpy().tobytes())
-        return sha.hexdigest()
+        return hashlib.sha256(b"".join(bytes(x.cpu().numpy()) for s in self[:3] if s for x in s)).hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
@@ -592,7 +589,7 @@ class State:
     fresh = property(lambda self: 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
 
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
-        self.config, self.device = config, device
+        self.config, self.device, self.by_average = config, device, False
         self.objective = objective or Hybrid(config.eta_loss_weight, config.lambda_global)
         self.model = (model or build(config, device)).train()
         self.averaged = copy.deepcopy(self.model).eval()
@@ -607,7 +604,7 @@ class State:
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
             optimizer = torch.optim.AdamW([vector], weight_decay=decay, fused=device.type in ("cpu", "cuda"))
             self.holders[name] = *both, optimizer
-        self.step, self.lr, self.seconds, self.selected_epoch, self.by_average = 0, 0.0, 0.0, 0, False
+        self.step, self.progress, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0.0, 0
         self.history, self.selected, self.started = [], self.averaged.state_dict(), time.perf_counter()
         self.log: list[Tensor] = []  # a row a step of this epoch: losses, then gradient norms
 
@@ -623,6 +620,11 @@ class State:
         for averaged, x in zip(*self.tensors[name], strict=True):
             averaged.data.lerp_(x.data, self.fresh)
         return norm
+
+    def batches(self, images: int) -> tuple[Tensor, ...]:
+        """The numbers of the images in each batch of this epoch: all, in random order, in full batches."""
+        order = torch.randperm(images, generator=generator(self.config.seed, "order", len(self.history)))
+        return order.to(self.device).split(self.config.batch_size)[: images // self.config.batch_size]
 
     def draw(self, t: int, purpose: str, shape: torch.Size, kind: Callable = torch.randn) -> Tensor:
         """The numbers that block t draws in this step for that purpose, on the device."""
@@ -742,19 +744,19 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
     Whoever stops asking has stopped early. Raises FloatingPointError for a loss or gradient not finite.
     """
     config, (images, labels) = state.config, data.train
-    steps, zero = len(labels) // config.batch_size, torch.zeros((), device=state.device)  # of parts at rest
-    if not steps:
+    if config.batch_size > len(labels):
         raise Failure(f"batch_size {config.batch_size} is more than the {len(labels)} training images")
+    zero = torch.zeros((), device=state.device)  # of parts at rest
     while not state.finished():
-        order = torch.randperm(len(labels), generator=generator(config.seed, "order", len(state.history)))
         with workers(state.device, threads) as parallel:
-            # blocks share a batch, not noise; from where a resumed epoch's log ends to the last full batch
-            for batch in order.to(state.device).split(config.batch_size)[len(state.log) : steps]:
+            steps = len(batches := state.batches(len(labels)))
+            for batch in batches[len(state.log) :]:  # blocks share it, not noise; a log may be resumed
                 started = time.perf_counter()
                 image = to_float(images[batch])
                 if data.augment:
                     image = data.augment(image, generator(config.seed, "augment", state.step))
-                state.lr = learning_rate(state.step / (steps * config.epochs), config)
+                state.progress = (len(state.history) * steps + len(state.log)) / (steps * config.epochs)
+                state.lr = learning_rate(state.progress, config)
                 results = step(state, image, labels[batch], state.lr, parallel)
                 losses, norms = zip(*(results.get(name, (zero, zero)) for name in state.parts), strict=True)
                 state.log.append(torch.stack([*losses[:-1], *norms]))  # the embedding has no loss of its own
@@ -1047,11 +1049,11 @@ def locked(folder: Path):
 def train_and_save(state: State, data: Data, options: Options, step, signalled: Callable[[], int]) -> int:
     """train(), saved after every epoch and every checkpoint_minutes; 0, or 128 + the signal that ended it."""
     path, digest, saved = options.checkpoint(state.config), data.digest(), time.monotonic()
-    steps = state.config.epochs * (len(data.train.labels) // state.config.batch_size)
     hidden = None if sys.stdout else True  # None: but on a terminal; a program may have no output at all
-    with tqdm(total=steps, initial=state.step, file=sys.stdout, disable=hidden, leave=False) as bar:
+    form, begun = "{l_bar}{bar}| {elapsed}<{remaining}", len(state.history) / state.config.epochs
+    with tqdm(total=1, initial=begun, bar_format=form, file=sys.stdout, disable=hidden, leave=False) as bar:
         for record in train(state, data, step, options.threads, steps_too=True):
-            bar.update(state.step - bar.n)
+            bar.update(state.progress - bar.n)
             stop = signalled()
             if record or stop or time.monotonic() > saved + 60 * options.checkpoint_minutes:
                 state.save(path, digest)
@@ -1064,7 +1066,7 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
                 line += "validation {:.2f} %, test {:.2f} %  lr {lr:.6f}  {seconds:.0f} s"
                 say(line.format(state.config.epochs, loss, val, test, **record))
             if stop and not state.finished():
-                say(f"Stopped after step {state.step} of {steps}; --resume goes on.")
+                say(f"Stopped after step {state.step}, {state.progress:.0%} of all; --resume goes on.")
                 return 128 + stop
     return 0
 

@@ -17,13 +17,21 @@ from torch import Tensor
 
 import noprop_example as noprop
 from noprop_example import Failure, NoProp, say
-from noprop_lab import backprop, cascade, dt, flows, parallel, parts
+from noprop_lab import backprop, cascade, dt, flows, infobatch, parallel, parts
 from noprop_lab import demo as drawing
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data, with_augmentation
 from noprop_lab.early_exit import early_exit
 from noprop_lab.graphs import GraphState, graphed
-from noprop_lab.networks import CONFIGS, LabState, embedding_from, network_of, read_checkpoint, weights_only
+from noprop_lab.networks import (
+    CONFIGS,
+    LabState,
+    PruningState,
+    embedding_from,
+    network_of,
+    read_checkpoint,
+    weights_only,
+)
 from noprop_lab.pictures import asked, read_pictures
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions, WholeConfig
 
@@ -199,8 +207,13 @@ def train(
 
 def kind_and_step(config: LabConfig, graphs: bool, device: torch.device) -> tuple[type[LabState], Callable]:
     """What holds a run, and makes its steps. Raises Failure (1) for graphs without an NVIDIA GPU."""
+    pruning = isinstance(config, infobatch.InfoBatchConfig)
     if not graphs:
-        return LabState, step_of(config)
+        return PruningState if pruning else LabState, step_of(config)
+    if pruning:
+        raise Failure(
+            "--graphs replays one step, which infobatch needs the images' numbers for: leave it out"
+        )
     if device.type != "cuda":
         raise Failure(f"--graphs takes an NVIDIA GPU, and this run is on {device}: leave it out", 1)
     return GraphState, graphed(step_of(config))
@@ -213,6 +226,8 @@ def step_of(config: LabConfig) -> Callable:
         return dt.train_step
     if isinstance(config, cascade.CascadeConfig):
         return cascade.train_step
+    if isinstance(config, infobatch.InfoBatchConfig):
+        return infobatch.train_step
     return backprop.train_step if isinstance(config, backprop.BackpropConfig) else noprop.train_step
 
 

@@ -18,11 +18,12 @@ from noprop_lab.ct import CT, CTConfig, CTFlow, NoiseSchedule
 from noprop_lab.dt import DT, DTConfig, LabHybrid, PaperBlock, ReadsZ, image_block, prototypes
 from noprop_lab.flows import FlowBlock, FlowConfig
 from noprop_lab.fm import FM, FMConfig, FMFlow
+from noprop_lab.infobatch import InfoBatchConfig, Pruning, Weighted
 from noprop_lab.settings import LabConfig, shared_by
 
-KINDS = (LabConfig, DTConfig, CTConfig, FMConfig, BackpropConfig, CascadeConfig)
+KINDS = (LabConfig, DTConfig, CTConfig, FMConfig, BackpropConfig, CascadeConfig, InfoBatchConfig)
 CONFIGS = {kind.objective: kind for kind in KINDS}
-OBJECTIVES = {DTConfig: DT, CTConfig: CT, FMConfig: FM}
+OBJECTIVES = {DTConfig: DT, CTConfig: CT, FMConfig: FM, InfoBatchConfig: Weighted}
 
 
 def objective_of(config: LabConfig):
@@ -113,6 +114,10 @@ class LabState(State):
         if self.config.blocks:
             data = data._replace(val=None, test=None)
         return super().measure(data._replace(val=None) if self.config.all_images else data, parallel)
+
+
+class PruningState(Pruning, LabState):
+    """A state of the lab that leaves out images that are learned already."""
 
 
 def embedding_from(path: Path, config: LabConfig) -> Tensor:

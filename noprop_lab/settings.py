@@ -34,6 +34,7 @@ SOURCES = {  # MNIST and Fashion-MNIST are measured
     "cifar100": Source("CIFAR100", 100, (3, 32, 32), True, DEEP),
 }
 Dataset = Literal[(*SOURCES, "folder")]
+Objective = Literal["hybrid", "dt", "ct", "fm", "backprop", "cascade", "infobatch"]
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class LabOptions(Options):
     # Used most
     preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
     resume: bool = False  # go on from noprop_OBJECTIVE.pt in the output folder, exactly
-    objective: Literal["hybrid", "dt", "ct", "fm", "backprop", "cascade"] | None = None  # paper: dt, ct, fm
+    objective: Objective | None = None  # paper: dt, ct, fm; infobatch: the hybrid loss, in fewer steps
     dataset: Dataset | None = None  # mnist if none is named; what is missing of the others is downloaded
     graphs: bool = False  # on an NVIDIA GPU: replay each training step as one CUDA graph, which is faster
     # Files and machine

@@ -18,7 +18,8 @@ from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.fm import FMConfig
 from noprop_lab.graphs import GraphState
-from noprop_lab.networks import LabState
+from noprop_lab.infobatch import InfoBatchConfig
+from noprop_lab.networks import LabState, PruningState
 from noprop_lab.settings import LabConfig
 
 META = torch.device("meta")
@@ -35,6 +36,14 @@ def script_state(**changes) -> noprop.State:
     return noprop.State(noprop.Config(**SIZES | changes), META)
 
 
+def pruning_state() -> PruningState:
+    """In an epoch whose batches are chosen: this waits, but only once an epoch."""
+    state = PruningState(InfoBatchConfig(**SIZES), META)
+    state.losses, state.weights = (torch.ones(64, device=META) for _ in range(2))
+    state.taken = torch.zeros(64, dtype=torch.int64, device=META).split(16)
+    return state
+
+
 VARIED = dict(hand_on="maps", estimates="averaged", z_noise=0.5, learns="mean")
 STATES = {
     "hybrid": script_state,
@@ -48,6 +57,7 @@ STATES = {
     "backprop": lambda: LabState(BackpropConfig(**SIZES), META),
     "backprop, paper": lambda: LabState(BackpropConfig.paper(**SIZES), META),
     "cascade": lambda: LabState(CascadeConfig(**SIZES), META),
+    "infobatch": pruning_state,
     "cascade, varied": lambda: LabState(CascadeConfig(**SIZES, **VARIED), META),
 }
 

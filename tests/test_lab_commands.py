@@ -18,6 +18,7 @@ from noprop_lab.cascade import CascadeConfig
 from noprop_lab.ct import CTConfig
 from noprop_lab.dt import DTConfig
 from noprop_lab.fm import FMConfig
+from noprop_lab.infobatch import InfoBatchConfig
 from noprop_lab.networks import CONFIGS, load
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions
 
@@ -277,6 +278,11 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --objective backprop --eta-loss-weight 1", "eta_loss_weight has no effect on this objective"),
         ("train --objective backprop --blocks 1 --embedding fixed", "backprop trains one network as a whole"),
         ("train --objective cascade --blocks 1", "blocks of a cascade learn from those before them"),
+        ("train --objective infobatch --blocks 1", "images are left out by the losses of all blocks"),
+        ("train --objective infobatch --graphs", "--graphs replays one step"),
+        ("train --objective infobatch --prune-ratio 1", "prune_ratio must be below 1"),
+        ("train --objective infobatch --anneal-from 1.5", "anneal_from must be at most 1"),
+        ("train --prune-ratio 0.5", "--prune-ratio is no flag here"),
         ("train --embed-scale 0", "embed_scale 0 makes all labels the same"),
         ("train --embedding-from F --embed-scale 2", "leave --embed-scale out"),
         ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
@@ -459,6 +465,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
         DTConfig(num_blocks=2, classify="u_hat"),
         BackpropConfig(num_blocks=2),
         CascadeConfig(num_blocks=2, hand_on="label"),
+        InfoBatchConfig(num_blocks=2, prune_ratio=0.25),
     ],
 )
 def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):

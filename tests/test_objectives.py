@@ -410,7 +410,9 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
 
 @pytest.mark.draws
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dt", "backprop --weights learned --temperature 1", "cascade"])
+@pytest.mark.parametrize(
+    "objective", ["dt", "backprop --weights learned --temperature 1", "cascade", "infobatch"]
+)
 def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_path, objective, capsys):
     flags = ["train", *flags_of(tmp_path, "--objective", *objective.split(), "--threads=1", epochs=2)]
     objective, *more = objective.split()

@@ -259,6 +259,6 @@ def test_what_is_not_for_processes_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "rank_and_size", lambda: (0, 2))
     for command in (["search"], ["evaluate", "a.pt"], ["merge", "a.pt", "b.pt"]):
         refused(capsys, 2, command, "torchrun is for training")
-    for objective in ("backprop", "cascade"):
+    for objective in ("backprop", "cascade", "infobatch"):
         flags = flags_of(tmp_path, f"--objective={objective}")
         refused(capsys, 2, ["train", *flags], "start it without torchrun")

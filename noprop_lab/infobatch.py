@@ -1,0 +1,107 @@
+"""The hybrid loss in two thirds of the steps: InfoBatch (Qin et al., arXiv 2303.04947).
+
+In each epoch an image whose loss, when last seen, was below the mean is left out with probability r. Where it
+is not, it stands for those that are, with weight 1 / (1 - r): the gradient's expectation stays. An image's
+loss is the sum of its blocks' (without that of the classifier). The last epochs, from δ of them on, take all.
+
+AdamW cares little for a gradient's size, so that fewer steps are less movement: docs/speed.md measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import noprop_example as noprop
+from noprop_example import State, generator
+from noprop_lab.dt import classified, seed_dropout
+from noprop_lab.settings import LabConfig
+
+
+@dataclass(frozen=True)
+class InfoBatchConfig(LabConfig):
+    """What decides the result; it is saved with the network. For the hybrid loss with InfoBatch."""
+
+    objective: ClassVar[str] = "infobatch"
+    # Objective
+    prune_ratio: float = 0.5  # r, of the images with a loss below the mean, that an epoch leaves out
+    anneal_from: float = 0.875  # δ, the share of the epochs after which all images are taken
+
+    together = "images are left out by the losses of all blocks"
+
+    def faults(self):
+        yield from super().faults()
+        yield self.prune_ratio >= 1, f"prune_ratio must be below 1, not {self.prune_ratio}"
+        yield self.anneal_from > 1, f"anneal_from must be at most 1, not {self.anneal_from}"
+
+
+class Weighted:
+    """noprop_example.Hybrid, in which images count by weight; it keeps each image's loss in each block."""
+
+    def __init__(self, config: LabConfig):
+        self.config = config
+        self.weight: Tensor | None = None  # of the images of this step, (B,)
+        self.losses: dict[int, Tensor] = {}  # by block, (B,)
+
+    def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
+        """Loss of block t, and û (B, D). Arguments: see Hybrid.block_loss()."""
+        seed_dropout(block, draw)
+        level, u = alpha_bar[t - 1].item(), F.embedding(label, W)
+        noise = draw("noise", u.shape)
+        z = noprop.noisy_label(u, noise, level)
+        eps_hat = block(image, z, level, W)
+        u_hat = noprop.clean_label(z, eps_hat, level)
+        eta, lam = self.config.eta_loss_weight, self.config.lambda_global
+        each = eta * (eps_hat - noise).square().mean(1) + lam * (u_hat - u).square().mean(1)
+        self.losses[t] = each.detach()
+        return (self.weight * each).mean(), u_hat
+
+    def head_loss(self, classifier, u_hat, label, W, draw) -> Tensor:
+        """Cross-entropy of the classifier."""
+        logits = classifier(classified(self.config, u_hat, label, W, draw))
+        return (self.weight * F.cross_entropy(logits, label, reduction="none")).mean()
+
+
+class Pruning(State):
+    """A state whose epochs leave out images that are learned already."""
+
+    POSITION = (*State.POSITION, "losses", "weights")
+    losses: Tensor | None = None  # of each training image, when last seen, (N,); nan: not yet
+    weights: Tensor | None = (
+        None  # of each in this epoch, (N,); above 1: if it is taken, it stands for others
+    )
+    taken: tuple[Tensor, ...] = ()  # the batches of this epoch
+
+    def batches(self, images: int) -> tuple[Tensor, ...]:
+        """As State.batches(), without those that are left out; all, where the others fill no batch."""
+        config, epoch, size = self.config, len(self.history), self.config.batch_size
+        if self.losses is None:
+            self.losses = torch.full((images,), torch.nan, device=self.device)
+        if not self.log:  # an epoch that is resumed goes on with the weights that it began with
+            below = (self.losses < self.losses.nanmean()) & (epoch < config.anneal_from * config.epochs)
+            self.weights = 1 + below * config.prune_ratio / (1 - config.prune_ratio)
+        drawn = torch.rand(images, generator=generator(config.seed, "left out", epoch)).to(self.device)
+        kept = ((self.weights == 1) | (drawn >= config.prune_ratio)).nonzero()[:, 0]
+        if len(kept) < size:
+            self.weights, kept = torch.ones_like(self.weights), torch.arange(images, device=self.device)
+        order = torch.randperm(len(kept), generator=generator(config.seed, "order", epoch)).to(self.device)
+        self.taken = kept[order].split(size)[: len(kept) // size]
+        return self.taken
+
+    def resume(self, content: dict[str, Any], digest: str) -> None:
+        super().resume(content, digest)
+        self.losses, self.weights = (x.to(self.device) for x in (self.losses, self.weights))
+
+
+def train_step(state: Pruning, image: Tensor, label: Tensor, lr: float, parallel: Callable = map) -> dict:
+    """noprop_example.train_step(), weighted, whose losses decide who is left out of the next epoch."""
+    batch, objective = state.taken[len(state.log)], state.objective
+    objective.weight = state.weights[batch]
+    results = noprop.train_step(state, image, label, lr, parallel)
+    state.losses[batch] = sum(objective.losses[t] for t in state.blocks)
+    return results
