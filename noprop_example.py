@@ -470,7 +470,10 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Of all images and labels: a run that is resumed must find those that it began with."""
-        return hashlib.sha256(b"".join(bytes(x.cpu().numpy()) for s in self[:3] if s for x in s)).hexdigest()
+        sha = hashlib.sha256()
+        for part in (*self.train, *self.val, *(self.test or ())):
+            sha.update(part.cpu().numpy().tobytes())
+        return sha.hexdigest()
 
 
 MD5 = {  # of MNIST's files, unpacked
@@ -621,7 +624,7 @@ class State:
             averaged.data.lerp_(x.data, self.fresh)
         return norm
 
-    def batches(self, images: int) -> tuple[Tensor, ...]:
+    def order(self, images: int) -> tuple[Tensor, ...]:
         """The numbers of the images in each batch of this epoch: all, in random order, in full batches."""
         order = torch.randperm(images, generator=generator(self.config.seed, "order", len(self.history)))
         return order.to(self.device).split(self.config.batch_size)[: images // self.config.batch_size]
@@ -749,7 +752,7 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
     zero = torch.zeros((), device=state.device)  # of parts at rest
     while not state.finished():
         with workers(state.device, threads) as parallel:
-            steps = len(batches := state.batches(len(labels)))
+            steps = len(batches := state.order(len(labels)))
             for batch in batches[len(state.log) :]:  # blocks share it, not noise; a log may be resumed
                 started = time.perf_counter()
                 image = to_float(images[batch])
@@ -1066,7 +1069,7 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
                 line += "validation {:.2f} %, test {:.2f} %  lr {lr:.6f}  {seconds:.0f} s"
                 say(line.format(state.config.epochs, loss, val, test, **record))
             if stop and not state.finished():
-                say(f"Stopped after step {state.step}, {state.progress:.0%} of all; --resume goes on.")
+                say(f"Stopped after step {state.step}, in epoch {len(state.history) + 1}; --resume goes on.")
                 return 128 + stop
     return 0
 

@@ -173,7 +173,7 @@ TRAINING = [
         'warm_up = 0.2 if config.schedule == "one-cycle" else 0.0',
         "warm_up = 0.0",
     ),
-    ("the same order every epoch", '"order", len(state.history))', '"order", 0)'),
+    ("the same order every epoch", '"order", len(self.history))', '"order", 0)'),
     ("the same augmentation every step", '"augment", state.step)', '"augment", 0)'),
     (
         "the same noise every step",
@@ -476,8 +476,16 @@ PARTS = [
 ]
 
 FOUND_BY_READING = [  # by somebody who looked for what all tests of then would survive
+    (f"{LAB}/infobatch.py", "self.losses < self.losses.nanmean()", "self.losses > self.losses.nanmean()"),
+    (f"{LAB}/infobatch.py", "1 + below * config.prune_ratio / (1 - config.prune_ratio)", "1 + 0.0 * below"),
+    (f"{LAB}/infobatch.py", "(epoch < config.anneal_from * config.epochs)", "(epoch < config.epochs)"),
+    (f"{LAB}/infobatch.py", "if not self.log:  # an epoch", "if True:  # an epoch"),
+    (f"{LAB}/infobatch.py", '(*State.POSITION, "losses", "counts")', '(*State.POSITION, "counts")'),
+    (f"{LAB}/infobatch.py", "if len(kept) < size:", "if not len(kept):"),
+    (f"{LAB}/infobatch.py", "(self.weight * each).mean()", "each.mean()"),
+    (f"{LAB}/infobatch.py", "sum(objective.losses[t] for t in state.blocks)", "objective.losses[1]"),
     (SCRIPT, "state.record(record, len(data.val.labels))", "state.record(record, len(data.train.labels))"),
-    (SCRIPT, "[len(state.log) : steps]", "[len(state.log) :]"),
+    (SCRIPT, "[: images // self.config.batch_size]", "[:]"),
     (SCRIPT, "replace(config, **best.user", "replace(config, epochs=options.hpo_epochs, **best.user"),
     (SCRIPT, 'if self.target == "noise":', 'if self.target == "nose":'),
     (SCRIPT, "1 - min(self.config.ema_decay, (1 + self.step)", "1 - min(1.0, (1 + self.step)"),

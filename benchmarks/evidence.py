@@ -180,9 +180,8 @@ def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
             old = rows.get(part, {})
             seen = {column: [*old[column], *more[column]] for column in more} if SEEDS in old else more
             rows[part] = seen | {column: old[column] for column in ("seconds", PEAK) if column in old}
-    return rows | {
-        control.TEN: {SEEDS: [100 + 10 * replicate for replicate in range(len(ten))], "test accuracy": ten}
-    }
+    numbers = [100 + 10 * replicate for replicate in range(len(ten))]
+    return rows | {control.TEN: rows.get(control.TEN, {}) | {SEEDS: numbers, "test accuracy": ten}}
 
 
 def ten_cnns() -> np.ndarray:
@@ -224,9 +223,11 @@ def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows
 
 def timed(rows: Rows) -> Rows:
     """The headline, with seconds of training: the time of a step times the steps, interleaved."""
-    configs = {name: lab.read_command_line("train", flags)[0] for name, flags in HEADLINE.items()}
-    found = seconds_of_steps({name: [config] for name, config in configs.items()}, rounds=7)
-    for name, config in configs.items():
+    configs = {name: [lab.read_command_line("train", flags)[0]] for name, flags in HEADLINE.items()}
+    [cnn] = configs["plain CNN of one block's size"]
+    configs[control.TEN] = [replace(cnn, seed=x, step_threads=1) for x in range(10)]
+    found = seconds_of_steps(configs, rounds=7)
+    for name, (config, *_) in configs.items():
         rows[name]["seconds"] = [found[name] * config.epochs * (55_000 // config.batch_size)]
     rows[next(iter(rows))][PEAK] = [found[PEAK]]
     return rows
@@ -692,11 +693,23 @@ def dots(axes, rows: Rows, column: str) -> None:
     finish_axes(axes)
 
 
+def control_of(name: str) -> Rows:
+    """Rows for a table of short runs: what brief() has of plain CNNs, by the names of its columns."""
+    rows = kept("brief").get("rows", {})
+    if name == "paper":
+        shown = {row: [x for x in columns if "validation" not in x] for row, columns in rows.items()}
+        return {row: {x: rows[row][x] for x in names} for row, names in shown.items()}
+    if name not in ("objectives", "embeddings", "ablation"):
+        return {}
+    of_two = {row: columns for row, columns in rows.items() if row.endswith(" 2 epochs")}
+    return {row: {"validation accuracy": columns["MNIST, validation %"]} for row, columns in of_two.items()}
+
+
 def write_report(name: str, found: dict) -> None:
-    """Put a table and its picture into docs/evidence.md, between their marks."""
+    """Put a table, with its control, and its picture into docs/evidence.md, between their marks."""
     made = f"`python benchmarks/evidence.py {found['command']}`, PyTorch {found['torch']}"
     picture = f"![{TABLES[name].__doc__}](img/evidence_{name}.png)\n\n" if is_drawn(found["rows"]) else ""
-    write(name, f"{picture}{markdown(found['rows'])}\n\n{made}")
+    write(name, f"{picture}{markdown(found['rows'] | control_of(name))}\n\n{made}")
 
 
 def is_drawn(rows: Rows) -> bool:

@@ -239,7 +239,7 @@ def report() -> int:
 
 
 def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
-    """Of the mean of blocks, or networks: held-out error and loss against seconds, a point an epoch count."""
+    """Held-out error and loss against seconds: of the mean of blocks or networks, and of one CNN."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -249,15 +249,16 @@ def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
     maps |= {("CNN", "small"): "Reds", ("CNN", "deep"): "Oranges"}
     for way, block, count in sorted({x[:3] for x in table}):
         settings = sorted(x for x in table if x[:3] == (way, block, count))
-        x = [seconds_of(setting, by_step) for setting in settings]
+        seconds = np.array([seconds_of(setting, by_step) for setting in settings])
+        alone, of_all, loss_alone, loss_of_all = np.array([table[setting] for setting in settings]).T
         color = colormaps[maps[way, block]](0.35 + 0.06 * count)
-        for axes, y in (
-            (error, [100 - table[s][1] for s in settings]),
-            (loss, [table[s][3] for s in settings]),
-        ):
-            axes.plot(
-                x, y, "o-" if way == "NoProp" else "s--", ms=4, color=color, label=f"{way}, {block} × {count}"
-            )
+        form = "o-" if way == "NoProp" else "s--"
+        lines = [(form, f"{way}, {block} × {count}", seconds, 100 - of_all, loss_of_all)]
+        if way == "CNN":
+            lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))
+        for form, label, x, *both in lines:
+            for axes, y in zip((error, loss), both, strict=True):
+                axes.plot(x, y, form, ms=4, color=color, label=label)
     error.set(title="Error on 15,000 held-out training images", ylabel="%")
     loss.set(title="Negative log-likelihood of these")
     for axes in (error, loss):

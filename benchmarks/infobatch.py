@@ -46,8 +46,13 @@ def measure(seed: int, data: noprop.Data) -> None:
 
 
 def runs(number: int) -> None:
-    """Train the default and InfoBatch in turn, with all cores, in runs/; keep seconds and accuracies."""
+    """Train the default and InfoBatch in turn, with all cores; keep seconds and accuracies.
+
+    In runs/, which must not be there: what was trained before had the machine as it was then.
+    """
     refuse_fewer(RUNS, "seeds", number)
+    if Path("runs").exists():
+        raise SystemExit("error: the runs are to follow each other: start this in a folder without runs/")
     found = run({"the default": [], "InfoBatch": ["--objective=infobatch"]}, range(number))
     names = {"seconds": "seconds of training", "test_accuracy": "test accuracy, %"}
     rows = {x: {name: [y[key] for y in of_one] for key, name in names.items()} for x, of_one in found.items()}
@@ -65,8 +70,9 @@ def table_of_runs() -> str:
         seconds, accuracies = row.values()
         lines.append(f"| {name} | {mean(seconds, 0)} | {mean(accuracies)} |")
     pairs = zip(ours["seconds of training"], default["seconds of training"], strict=True)
-    least, *_, most = shares = sorted(one / other for one, other in pairs)
-    text = f"InfoBatch takes {statistics.median(shares):.2f} of the time ({least:.2f} to {most:.2f})"
+    shares = sorted(one / other for one, other in pairs)
+    spread = f"{statistics.median(shares):.2f} of the time ({shares[0]:.2f} to {shares[-1]:.2f})"
+    text = f"InfoBatch takes {spread}"
     peak = f"matmul peak right after it: {kept['peak_gflops']:.0f} GFLOP/s"
     return "\n".join([*lines, "", f"{text}; {kept['seeds']} seeds, in turn; {peak}."])
 

@@ -67,20 +67,23 @@ def resampled(rows: dict[str, np.ndarray], which: int, draws=200_000) -> dict[st
     accuracy, 1 loss. Images are drawn anew, the same for all rows (bootstrap). Of R replicates, each the mean
     over folds, the mean moves by the standard error of R times a number from the t distribution with
     R - 1 degrees of freedom: by the same combination of replicates in all rows but those of CNNs, whose
-    seeds are others, and the same in all of these; so differences are paired where seeds are. Of one
-    replicate, the draws are over images only.
+    seeds are others (and maybe more, or fewer), and the same in all of these; so differences are paired where
+    seeds are. Of one replicate, the draws are over images only.
     (Many draws, because the tails are long where replicates are few.)
     """
-    *_, R, _, _, N = next(iter(rows.values())).shape
-    rng, images, found = np.random.default_rng(1), images_drawn(N), {}
-    moves = rng.standard_normal((2, R, draws)) / np.sqrt(max(R * (R - 1), 1))
-    moves *= np.sqrt((R - 1) / rng.chisquare(max(R - 1, 1), (2, 1, draws)))  # now of R normal numbers' t
+    rng, found, of_cnns = np.random.default_rng(1), {}, re.compile("CNNs|one CNN").search
+    replicates = {bool(of_cnns(name)): kept.shape[-4] for name, kept in rows.items()}
+    both = [replicates.get(x, replicates.get(not x)) for x in (True, False)]
+    moves = [rng.standard_normal((R, draws)) / np.sqrt(max(R * (R - 1), 1)) for R in both]
+    for x, R in zip(moves, both, strict=True):
+        x *= np.sqrt((R - 1) / rng.chisquare(max(R - 1, 1), (1, draws)))  # now of R normal numbers' t
     for name, kept in rows.items():
+        images = images_drawn(kept.shape[-1])
         values = right_and_loss(kept.reshape(-1, *kept.shape[-4:]))[which].mean(2)  # (folds, R, N)
         apart = values.mean((0, 2)) - values.mean()
         by_fold = [np.roll(x.mean(0) @ images, 1009 * fold) for fold, x in enumerate(values)]  # other draws
         over_images = np.resize(np.mean(by_fold, 0), draws)  # again and again: moves are new each time
-        drawn = over_images + apart @ moves[int(not re.search("CNNs|one CNN", name))]
+        drawn = over_images + apart @ moves[not of_cnns(name)]
         found[name] = np.concatenate([[values.mean()], drawn])
     return found
 

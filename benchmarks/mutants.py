@@ -59,7 +59,7 @@ SECTIONS = {  # of the script, by their headers: the strata of its mutants
     "Files and pictures": "files",
     "Search": "search",
 }
-OBJECTIVES = ["dt", "backprop", "flows", "ct", "fm", "cascade", "early_exit"]
+OBJECTIVES = ["dt", "backprop", "flows", "ct", "fm", "cascade", "infobatch", "early_exit"]
 MUTATED = (SCRIPT, *(f"{LAB}/{name}.py" for name in OBJECTIVES))
 BUDGET = 60  # seconds under coverage.py, some 20 without, of the tests that are run for one mutant
 STUCK = 60  # seconds that a test may take, and all of them whatever they take without a mutant

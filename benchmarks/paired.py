@@ -72,9 +72,14 @@ def answers_of_cnns(flags: list[str], seed: int, test: noprop.Split) -> dict[str
     return {control.ONE: each, THREE: packed(control.averaged(log_p), test.labels)[None]}
 
 
-def table(files: list[dict[str, np.ndarray]], rival: str) -> str:
+def kept_of(name: str) -> dict[str, np.ndarray]:
+    """What is kept of all replicates, by row, (R, n, 2, N) each; empty if there is nothing."""
+    files = [dict(np.load(x)) for x in control.replicates_of(name)]
+    return {row: np.stack([x[row] for x in files]) for row in (files or [{}])[0]}
+
+
+def table(rows: dict[str, np.ndarray], rival: str) -> str:
     """The Markdown tables of what replicates have answered."""
-    rows = {name: np.stack([file[name] for file in files]) for name in files[0]}
     base, *others = rows
     return control.short_table(rows, f"less {base}", {name: (name, base) for name in others}, rival)
 
@@ -82,18 +87,15 @@ def table(files: list[dict[str, np.ndarray]], rival: str) -> str:
 def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     made, code = "`python benchmarks/paired.py --seeds {}{}`", None
-    of_set = {x: [dict(np.load(y)) for y in control.replicates_of(x)] for x in ("headline", "fashion")}
-    beside = [np.load(x) for x in control.replicates_of("control-mnist")]
-    headline = [
-        own | {name: other[name] for name in (control.ONE, control.TEN)}
-        for own, other in zip(of_set["headline"], beside, strict=False)
-    ]
-    for mark, files, rival, more in (
-        ("paired", headline, control.TEN, ""),
-        ("paired fashion", of_set["fashion"], THREE, " --fashion-mnist DIR"),
+    headline, fashion, beside = (kept_of(x) for x in ("headline", "fashion", "control-mnist"))
+    beside = {name: beside[name] for name in (control.ONE, control.TEN) if headline}
+    for mark, rows, rival, more in (
+        ("paired", headline | beside, control.TEN, ""),
+        ("paired fashion", fashion, THREE, " --fashion-mnist DIR"),
     ):
-        if files:
-            code = control.publish(mark, [table(files, rival), made.format(len(files), more)])
+        if rows:
+            seeds = len(next(iter(rows.values())))
+            code = control.publish(mark, [table(rows, rival), made.format(seeds, more)])
     return control.publish("paired", []) if code is None else code
 
 

@@ -9,6 +9,7 @@ It imports the script, which never imports it. python -m noprop_lab --help names
     fm.py         NoProp-FM, flow matching
     backprop.py   the twin: the same chain, trained end to end
     cascade.py    a chain that learns from its own estimates, not from noise
+    infobatch.py  the hybrid loss in fewer steps, which leave out what is learned already
     networks.py   networks and states for these configs
     data.py       Fashion-MNIST, KMNIST, CIFAR, folders of pictures
     pictures.py   a user's pictures as a data set has its own; digits are found on photographed paper

@@ -26,8 +26,8 @@ from noprop_lab.graphs import GraphState, graphed
 from noprop_lab.networks import (
     CONFIGS,
     LabState,
-    PruningState,
     embedding_from,
+    kind_of,
     network_of,
     read_checkpoint,
     weights_only,
@@ -207,13 +207,10 @@ def train(
 
 def kind_and_step(config: LabConfig, graphs: bool, device: torch.device) -> tuple[type[LabState], Callable]:
     """What holds a run, and makes its steps. Raises Failure (1) for graphs without an NVIDIA GPU."""
-    pruning = isinstance(config, infobatch.InfoBatchConfig)
     if not graphs:
-        return PruningState if pruning else LabState, step_of(config)
-    if pruning:
-        raise Failure(
-            "--graphs replays one step, which infobatch needs the images' numbers for: leave it out"
-        )
+        return kind_of(config), step_of(config)
+    if isinstance(config, infobatch.InfoBatchConfig):
+        raise Failure("--graphs replays a step that does not know its images, as infobatch must: leave it out")
     if device.type != "cuda":
         raise Failure(f"--graphs takes an NVIDIA GPU, and this run is on {device}: leave it out", 1)
     return GraphState, graphed(step_of(config))

@@ -2,7 +2,7 @@
 
 In each epoch an image whose loss, when last seen, was below the mean is left out with probability r. Where it
 is not, it stands for those that are, with weight 1 / (1 - r): the gradient's expectation stays. An image's
-loss is the sum of its blocks' (without that of the classifier). The last epochs, from δ of them on, take all.
+loss is the sum of its blocks' (without that of the classifier). The last epochs, after δ of them, take all.
 
 AdamW cares little for a gradient's size, so that fewer steps are less movement: docs/speed.md measures it.
 """
@@ -30,7 +30,7 @@ class InfoBatchConfig(LabConfig):
     objective: ClassVar[str] = "infobatch"
     # Objective
     prune_ratio: float = 0.5  # r, of the images with a loss below the mean, that an epoch leaves out
-    anneal_from: float = 0.875  # δ, the share of the epochs after which all images are taken
+    anneal_from: float = 0.875  # δ, the share of the epochs after which all are taken (none of fewer than 8)
 
     together = "images are left out by the losses of all blocks"
 
@@ -70,38 +70,36 @@ class Weighted:
 class Pruning(State):
     """A state whose epochs leave out images that are learned already."""
 
-    POSITION = (*State.POSITION, "losses", "weights")
-    losses: Tensor | None = None  # of each training image, when last seen, (N,); nan: not yet
-    weights: Tensor | None = (
-        None  # of each in this epoch, (N,); above 1: if it is taken, it stands for others
-    )
+    POSITION = (*State.POSITION, "losses", "counts")
+    losses = torch.empty(0)  # of each training image, when last seen, (N,); nan: not yet
+    counts = torch.empty(0)  # what each counts in this epoch, (N,); above 1: for others too, if it is taken
     taken: tuple[Tensor, ...] = ()  # the batches of this epoch
 
-    def batches(self, images: int) -> tuple[Tensor, ...]:
-        """As State.batches(), without those that are left out; all, where the others fill no batch."""
+    def order(self, images: int) -> tuple[Tensor, ...]:
+        """As State.order(), without those that are left out; all, where the others fill no batch."""
         config, epoch, size = self.config, len(self.history), self.config.batch_size
-        if self.losses is None:
+        if not len(self.losses):
             self.losses = torch.full((images,), torch.nan, device=self.device)
-        if not self.log:  # an epoch that is resumed goes on with the weights that it began with
+        if not self.log:  # an epoch that is resumed goes on with what counted when it began
             below = (self.losses < self.losses.nanmean()) & (epoch < config.anneal_from * config.epochs)
-            self.weights = 1 + below * config.prune_ratio / (1 - config.prune_ratio)
+            self.counts = 1 + below * config.prune_ratio / (1 - config.prune_ratio)
         drawn = torch.rand(images, generator=generator(config.seed, "left out", epoch)).to(self.device)
-        kept = ((self.weights == 1) | (drawn >= config.prune_ratio)).nonzero()[:, 0]
+        kept = ((self.counts == 1) | (drawn >= config.prune_ratio)).nonzero()[:, 0]
         if len(kept) < size:
-            self.weights, kept = torch.ones_like(self.weights), torch.arange(images, device=self.device)
+            self.counts, kept = torch.ones_like(self.counts), torch.arange(images, device=self.device)
         order = torch.randperm(len(kept), generator=generator(config.seed, "order", epoch)).to(self.device)
         self.taken = kept[order].split(size)[: len(kept) // size]
         return self.taken
 
     def resume(self, content: dict[str, Any], digest: str) -> None:
         super().resume(content, digest)
-        self.losses, self.weights = (x.to(self.device) for x in (self.losses, self.weights))
+        self.losses, self.counts = self.losses.to(self.device), self.counts.to(self.device)
 
 
 def train_step(state: Pruning, image: Tensor, label: Tensor, lr: float, parallel: Callable = map) -> dict:
     """noprop_example.train_step(), weighted, whose losses decide who is left out of the next epoch."""
     batch, objective = state.taken[len(state.log)], state.objective
-    objective.weight = state.weights[batch]
+    objective.weight = state.counts[batch]
     results = noprop.train_step(state, image, label, lr, parallel)
     state.losses[batch] = sum(objective.losses[t] for t in state.blocks)
     return results

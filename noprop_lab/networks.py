@@ -120,6 +120,11 @@ class PruningState(Pruning, LabState):
     """A state of the lab that leaves out images that are learned already."""
 
 
+def kind_of(config: LabConfig) -> type[LabState]:
+    """What holds a run with this config."""
+    return PruningState if isinstance(config, InfoBatchConfig) else LabState
+
+
 def embedding_from(path: Path, config: LabConfig) -> Tensor:
     """The label embedding of another network, for this config. Raises Failure."""
     weight = load(path).label_embedding.weight.detach()

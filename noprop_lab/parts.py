@@ -13,7 +13,7 @@ import torch
 import noprop_example as noprop
 from noprop_example import Data, Failure, Options, State, say
 from noprop_lab.cascade import CascadeConfig
-from noprop_lab.networks import LabState, read_checkpoint
+from noprop_lab.networks import kind_of, read_checkpoint
 from noprop_lab.settings import LabConfig, WholeConfig
 
 
@@ -50,7 +50,7 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
         raise Failure("parts of an Apple GPU and of others do not go together: weights lie otherwise there")
     data = load_data(config, options.data_root, device)
     whole["made_with"] = noprop.made_with(device)  # nothing is trained further
-    state = LabState(config, device)
+    state = kind_of(config)(config, device)
     state.resume(whole, data.digest())
     with noprop.locked(options.output_dir):
         noprop.keep_older(path := options.checkpoint(config))

@@ -11,7 +11,7 @@ from conftest import CPU, TINY, fails, noprop
 
 from noprop_lab import __main__ as lab
 from noprop_lab import data as lab_data
-from noprop_lab.networks import LabState
+from noprop_lab.networks import LabState, kind_of
 from noprop_lab.settings import LabConfig
 
 
@@ -69,7 +69,7 @@ def untrained(folder: Path, config: LabConfig | None = None) -> Path:
 
 def tiny(data: noprop.Data, config: LabConfig, threads: int = 1) -> LabState:
     """The state at the end of a training."""
-    state = LabState(config, CPU, data)
+    state = kind_of(config)(config, CPU, data)
     list(noprop.train(state, data, lab.step_of(config), threads))
     return state
 

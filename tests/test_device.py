@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import noprop_example as noprop
+from noprop_example import made_with
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
@@ -39,8 +40,9 @@ def script_state(**changes) -> noprop.State:
 def pruning_state() -> PruningState:
     """In an epoch whose batches are chosen: this waits, but only once an epoch."""
     state = PruningState(InfoBatchConfig(**SIZES), META)
-    state.losses, state.weights = (torch.ones(64, device=META) for _ in range(2))
+    state.losses, state.counts = (torch.ones(64, device=META) for _ in range(2))
     state.taken = torch.zeros(64, dtype=torch.int64, device=META).split(16)
+    state.order = lambda images: state.taken
     return state
 
 
@@ -65,14 +67,16 @@ STATES = {
 @pytest.mark.parametrize("name", STATES)
 def test_no_tensor_is_left_behind_and_no_step_waits(name):
     state = STATES[name]()
-    step = step_of(state.config)
-    image, label = torch.rand(16, 1, 28, 28, device=META), torch.zeros(16, dtype=torch.int64, device=META)
-    image = noprop.augment(image, noprop.generator("augment"))
-    for _ in range(2):
-        results = step(state, image, label, 0.01)
-        assert {x.device for pair in results.values() for x in pair} == {META}
-        for part in state.parts:  # a resumed run
-            state.load_part_state(part, state.part_state(part))
+    step, labels = step_of(state.config), torch.zeros(64, dtype=torch.int64, device=META)
+    split = noprop.Split(torch.zeros(64, 1, 28, 28, dtype=torch.uint8, device=META), labels)
+    data = noprop.Data(split, split, split, noprop.augment)
+    for steps in (1, 2):
+        assert next(noprop.train(state, data, step, threads=1, steps_too=True)) is None
+        assert len(state.log) == steps and state.log[-1].device == META
+        training = {key: getattr(state, key) for key in state.POSITION}
+        training["parts"] = {part: state.part_state(part) for part in state.parts}
+        content = {"training": training, "model": {}, "data": "", "path": "", "made_with": made_with(META)}
+        state.resume(content, "")
     model = state.averaged
     assert model(image, state.config.temperature, noprop.generator("inference")).device == META
     assert model.probabilities(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape[::2] == (5, 10)

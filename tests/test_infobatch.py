@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import CPU, TINY, noprop, same
-from laboratory import contents, equal
+from laboratory import contents, equal, flags_of, lab, quick_lab
 
 from noprop_lab.infobatch import InfoBatchConfig, Weighted, train_step
 from noprop_lab.networks import PruningState, read_checkpoint
@@ -12,10 +12,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(config, data, path=None, save_at=None):
-    """The state at the end of a training; after the step save_at it goes on from its checkpoint."""
+    """The state at the end of a training; at (epochs done, steps done) it goes on from its checkpoint."""
     state = PruningState(config, CPU, data)
     for _ in noprop.train(state, data, train_step, threads=1, steps_too=True):
-        if state.step == save_at:
+        if (len(state.history), state.step) == save_at:
             state.save(path, "")
             state = PruningState(config, CPU, data)
             state.resume(read_checkpoint(path), "")
@@ -34,30 +34,30 @@ def test_with_a_ratio_of_0_it_is_the_hybrid_loss_to_the_bit(small_data, tiny_sta
 def test_an_epoch_leaves_out_images_below_the_mean_and_rescales_the_rest_of_these(ratio):
     n, size = 2000, 10
     state = PruningState(InfoBatchConfig(num_blocks=1, batch_size=size, prune_ratio=ratio))
-    all_seen = torch.cat(state.batches(n))
+    all_seen = torch.cat(state.order(n))
     assert all_seen.sort().values.equal(torch.arange(n))  # none has a loss yet
-    assert state.weights.equal(torch.ones(n))
+    assert state.counts.equal(torch.ones(n))
     state.losses = torch.linspace(0, 1, n).square()  # 1,154 are below the mean, 1/3
     below, order = state.losses < state.losses.mean(), []
     for epoch in range(1, 11):
         state.history = [{}] * epoch
-        order.append(taken := torch.cat(state.batches(n)))
+        order.append(taken := torch.cat(state.order(n)))
         assert len(taken.unique()) == len(taken) and taken.sort().values.tolist() != taken.tolist()
         assert (~below).sum() - (~below)[taken].sum() < size  # those of the last batch, which is not full
-        assert state.weights.equal(torch.where(below, 1 / (1 - ratio), 1.0))
-    total = sum(state.weights[taken].sum() for taken in order) / len(order)
+        assert state.counts.equal(torch.where(below, 1 / (1 - ratio), 1.0))
+    total = sum(state.counts[taken].sum() for taken in order) / len(order)
     assert total == pytest.approx(n, abs=0.02 * n)  # the expectation of the gradient is that of all images
     assert not order[0].equal(order[1])
     state.history = [{}] * 11  # 11 of 12 are more than .875
-    assert torch.cat(state.batches(n)).sort().values.equal(torch.arange(n))
-    assert state.weights.equal(torch.ones(n))
+    assert torch.cat(state.order(n)).sort().values.equal(torch.arange(n))
+    assert state.counts.equal(torch.ones(n))
 
 
 def test_an_epoch_too_small_for_a_batch_takes_all():
     state = PruningState(InfoBatchConfig(num_blocks=1, batch_size=90, prune_ratio=0.9))
     state.losses, state.history = torch.cat([torch.zeros(99), torch.ones(1)]), [{}]
-    [taken] = state.batches(100)
-    assert len(taken) == 90 and state.weights.equal(torch.ones(100))
+    [taken] = state.order(100)
+    assert len(taken) == 90 and state.counts.equal(torch.ones(100))
 
 
 def test_each_image_counts_by_its_weight_and_its_loss_is_that_of_all_blocks(small_data):
@@ -83,13 +83,13 @@ def test_each_image_counts_by_its_weight_and_its_loss_is_that_of_all_blocks(smal
     head = objective.head_loss(model.classifier, u_hat, label, W, None)
     torch.testing.assert_close(head, weighted(slow))
     state = PruningState(InfoBatchConfig(**TINY))
-    batch = state.batches(512)[0]
+    batch = state.order(512)[0]
     train_step(state, noprop.to_float(small_data.train.images[batch]), small_data.train.labels[batch], 0.01)
     torch.testing.assert_close(state.losses[batch], sum(state.objective.losses[t] for t in (1, 2, 3)))
     assert state.losses.isnan().sum() == 512 - 128
 
 
-@pytest.mark.parametrize("save_at", [4, 5])
+@pytest.mark.parametrize("save_at", [(0, 4), (1, 4), (1, 5)])
 def test_a_run_goes_on_exactly_from_an_epochs_end_and_from_inside_one(save_at, small_data, tmp_path):
     """Inside an epoch its order is that of the losses at its start, which have changed since."""
     config = InfoBatchConfig(**TINY | {"epochs": 4}, anneal_from=0.75)  # the fourth epoch takes all
@@ -98,3 +98,15 @@ def test_a_run_goes_on_exactly_from_an_epochs_end_and_from_inside_one(save_at, s
     for name, state in (("whole", whole), ("stopped", stopped)):
         state.save(tmp_path / name, "")
     assert equal(contents(tmp_path / "whole"), contents(tmp_path / "stopped"))
+
+
+@pytest.mark.slow
+def test_a_block_of_its_network_is_exchanged_and_the_run_goes_on(tmp_path, capsys):
+    whole, part = tmp_path / "noprop_infobatch.pt", tmp_path / "part"
+    with quick_lab():
+        assert lab.main(["train", *flags_of(tmp_path, "--objective=infobatch")]) == 0
+        assert lab.main(["train", *flags_of(part, "--blocks=2", f"--embedding-from={whole}", seed=7)]) == 0
+        assert lab.main(["merge", str(whole), str(part / "noprop_hybrid.pt"), f"--output-dir={part}"]) == 0
+        assert lab.main(["train", "--resume", "--epochs=2", "--objective=infobatch", f"--output-dir={part}"]) == 0
+    assert "resuming, 4 steps are done" in capsys.readouterr().out
+    assert len(contents(part / whole.name)["training"]["history"]) == 2

@@ -35,6 +35,18 @@ def test_the_mean_of_a_few_replicates_moves_by_a_t_distribution():
     assert np.isfinite(intervals.resampled({"CNNs": kept[:1]}, 0)["CNNs"]).all()
 
 
+def test_cnns_may_have_more_or_fewer_replicates():
+    """Images cancel: means of ten and of three independent seeds, each with its own t distribution."""
+    ten, three = np.linspace(800, 830, 10), np.array([800, 810, 830])
+    kept = [intervals.as_kept([np.arange(1000) < round(x) for x in of_one]) for of_one in (ten, three)]
+    drawn = intervals.resampled({"NoProp": kept[0], "CNNs": kept[1]}, 0, draws=20_000)
+    errors = [np.std(x.round() / 10, ddof=1) / len(x) ** 0.5 for x in (ten, three)]
+    moves = [e * stats.t.rvs(n, size=200_000, random_state=n) for e, n in zip(errors, (9, 2), strict=True)]
+    expected = np.quantile(moves[0] - moves[1], [0.025, 0.25, 0.975]) + (ten.round().mean() - three.mean()) / 10
+    found = np.quantile((drawn["NoProp"] - drawn["CNNs"])[1:], [0.025, 0.25, 0.975])
+    assert found == pytest.approx(expected, rel=0.1)
+
+
 def test_a_seed_that_errs_in_every_fold_is_one_replicate():
     """Three seeds of 80, 81 and 83 % in each of four folds: their mean is no surer than of one fold."""
     right = [np.arange(1000) < x for x in (800, 810, 830)]

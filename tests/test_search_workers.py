@@ -208,7 +208,7 @@ def test_eight_trials_tell_which_setting_decides(tmp_path):
 
 
 @pytest.mark.draws
-@pytest.mark.parametrize("objective", ["hybrid", "dt"])
+@pytest.mark.parametrize("objective", ["hybrid", "dt", "infobatch"])
 def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     """Of another objective too; the second time, all is there."""
     command = ["search", *flags(tmp_path, f"--objective={objective}", num_blocks=2, hpo_epochs=2)]
