@@ -746,10 +746,9 @@ def train(state, data: Data, step=train_step, threads=Options.threads, steps_too
 
     Whoever stops asking has stopped early. Raises FloatingPointError for a loss or gradient not finite.
     """
-    config, (images, labels) = state.config, data.train
+    config, (images, labels), zero = state.config, data.train, torch.zeros((), device=state.device)
     if config.batch_size > len(labels):
         raise Failure(f"batch_size {config.batch_size} is more than the {len(labels)} training images")
-    zero = torch.zeros((), device=state.device)  # of parts at rest
     while not state.finished():
         with workers(state.device, threads) as parallel:
             steps = len(batches := state.order(len(labels)))
@@ -1053,8 +1052,8 @@ def train_and_save(state: State, data: Data, options: Options, step, signalled: 
     """train(), saved after every epoch and every checkpoint_minutes; 0, or 128 + the signal that ended it."""
     path, digest, saved = options.checkpoint(state.config), data.digest(), time.monotonic()
     hidden = None if sys.stdout else True  # None: but on a terminal; a program may have no output at all
-    form, begun = "{l_bar}{bar}| {elapsed}<{remaining}", len(state.history) / state.config.epochs
-    with tqdm(total=1, initial=begun, bar_format=form, file=sys.stdout, disable=hidden, leave=False) as bar:
+    form = "{l_bar}{bar}| {elapsed}<{remaining}"
+    with tqdm(total=1, bar_format=form, file=sys.stdout, disable=hidden, leave=False) as bar:
         for record in train(state, data, step, options.threads, steps_too=True):
             bar.update(state.progress - bar.n)
             stop = signalled()

@@ -78,7 +78,10 @@ def test_no_tensor_is_left_behind_and_no_step_waits(name):
         content = {"training": training, "model": {}, "data": "", "path": "", "made_with": made_with(META)}
         state.resume(content, "")
     model = state.averaged
-    assert model(image, state.config.temperature, noprop.generator("inference")).device == META
+    assert (
+        model(noprop.to_float(split.images), state.config.temperature, noprop.generator("inference")).device
+        == META
+    )
     assert model.probabilities(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape[::2] == (5, 10)
 
 

@@ -107,6 +107,9 @@ def test_a_block_of_its_network_is_exchanged_and_the_run_goes_on(tmp_path, capsy
         assert lab.main(["train", *flags_of(tmp_path, "--objective=infobatch")]) == 0
         assert lab.main(["train", *flags_of(part, "--blocks=2", f"--embedding-from={whole}", seed=7)]) == 0
         assert lab.main(["merge", str(whole), str(part / "noprop_hybrid.pt"), f"--output-dir={part}"]) == 0
-        assert lab.main(["train", "--resume", "--epochs=2", "--objective=infobatch", f"--output-dir={part}"]) == 0
+        assert (
+            lab.main(["train", "--resume", "--epochs=2", "--objective=infobatch", f"--output-dir={part}"])
+            == 0
+        )
     assert "resuming, 4 steps are done" in capsys.readouterr().out
     assert len(contents(part / whole.name)["training"]["history"]) == 2

@@ -42,7 +42,9 @@ def test_cnns_may_have_more_or_fewer_replicates():
     drawn = intervals.resampled({"NoProp": kept[0], "CNNs": kept[1]}, 0, draws=20_000)
     errors = [np.std(x.round() / 10, ddof=1) / len(x) ** 0.5 for x in (ten, three)]
     moves = [e * stats.t.rvs(n, size=200_000, random_state=n) for e, n in zip(errors, (9, 2), strict=True)]
-    expected = np.quantile(moves[0] - moves[1], [0.025, 0.25, 0.975]) + (ten.round().mean() - three.mean()) / 10
+    expected = (
+        np.quantile(moves[0] - moves[1], [0.025, 0.25, 0.975]) + (ten.round().mean() - three.mean()) / 10
+    )
     found = np.quantile((drawn["NoProp"] - drawn["CNNs"])[1:], [0.025, 0.25, 0.975])
     assert found == pytest.approx(expected, rel=0.1)
 
