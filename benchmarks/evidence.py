@@ -695,13 +695,12 @@ def dots(axes, rows: Rows, column: str) -> None:
 
 def control_of(name: str) -> Rows:
     """Rows for a table of short runs: what brief() has of plain CNNs, by the names of its columns."""
-    rows = kept("brief").get("rows", {})
+    rows = {f"{row}, three seeds": x for row, x in kept("brief").get("rows", {}).items()}
     if name == "paper":
-        shown = {row: [x for x in columns if "validation" not in x] for row, columns in rows.items()}
-        return {row: {x: rows[row][x] for x in names} for row, names in shown.items()}
+        return {row: {x: y for x, y in of.items() if "validation" not in x} for row, of in rows.items()}
     if name not in ("objectives", "embeddings", "ablation"):
         return {}
-    of_two = {row: columns for row, columns in rows.items() if row.endswith(" 2 epochs")}
+    of_two = {row: columns for row, columns in rows.items() if " 2 epochs" in row}
     return {row: {"validation accuracy": columns["MNIST, validation %"]} for row, columns in of_two.items()}
 
 

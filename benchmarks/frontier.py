@@ -68,7 +68,7 @@ SEEDS |= {Setting("CNN", "small", 10, n): 1 for n in (3, 6, 12)}
 SEEDS |= {Setting("CNN", "deep", 4, n): 1 for n in (3, 6, 12)}
 QUICKER = [Setting("NoProp", "small", 10, n) for n in (9, 8)]  # instead of the default
 FEWER = [Setting("NoProp", "small", T, 12) for T in (4, 2)]
-SEEDS |= dict.fromkeys([DEFAULT, *QUICKER], 10)
+SEEDS |= dict.fromkeys([DEFAULT, *QUICKER, FEWER[0]], 10)
 RULES = {  # of the deep settings in a list, that of the highest mean accuracy on held-out images
     "accurate": [Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))],  # about 6 minutes
     "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],  # about 20
@@ -252,13 +252,13 @@ def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
         seconds = np.array([seconds_of(setting, by_step) for setting in settings])
         alone, of_all, loss_alone, loss_of_all = np.array([table[setting] for setting in settings]).T
         color = colormaps[maps[way, block]](0.35 + 0.06 * count)
-        form = "o-" if way == "NoProp" else "s--"
-        lines = [(form, f"{way}, {block} × {count}", seconds, 100 - of_all, loss_of_all)]
+        marks = "o-" if way == "NoProp" else "s--"
+        lines = [(marks, f"{way}, {block} × {count}", seconds, 100 - of_all, loss_of_all)]
         if way == "CNN":
             lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))
-        for form, label, x, *both in lines:
+        for marks, label, x, *both in lines:
             for axes, y in zip((error, loss), both, strict=True):
-                axes.plot(x, y, form, ms=4, color=color, label=label)
+                axes.plot(x, y, marks, ms=4, color=color, label=label)
     error.set(title="Error on 15,000 held-out training images", ylabel="%")
     loss.set(title="Negative log-likelihood of these")
     for axes in (error, loss):

@@ -1,7 +1,7 @@
 """Fewer steps on what is learned already: InfoBatch (noprop_lab/infobatch.py) beside the default.
 
     python benchmarks/infobatch.py --seeds 6      train what is missing, on 45,000 training images; report
-    python benchmarks/infobatch.py --runs 5       whole runs of both in turn: seconds, and test accuracy
+    python benchmarks/infobatch.py --runs 3       whole runs of both in turn: seconds, and test accuracy
     python benchmarks/infobatch.py --report       the tables in docs/speed.md, from benchmarks/results/
 
 The 15,000 other training images answer, beside the answers of frontier.py's networks of 12, 9, 8 epochs and
@@ -64,7 +64,7 @@ def runs(number: int) -> None:
 def table_of_runs() -> str:
     """What runs() has kept, in Markdown."""
     kept = json.loads(RUNS.read_text(encoding="utf-8"))
-    (_, default), (_, ours) = kept["rows"].items()
+    default, ours = kept["rows"].values()
     lines = ["|  | seconds of training | test accuracy, % |", "|---|---|---|"]
     for name, row in kept["rows"].items():
         seconds, accuracies = row.values()

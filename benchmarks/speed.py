@@ -1,6 +1,6 @@
 """Where time and memory go, and what the rivals need: every figure beside its rival's in the same run.
 
-    python benchmarks/speed.py                        everything (about 20 minutes on two cores)
+    python benchmarks/speed.py                        everything (about 25 minutes on two cores)
     python benchmarks/speed.py --parts step memory    some of it
     python benchmarks/speed.py --device cuda          on a GPU, with graphs too
 

@@ -210,9 +210,7 @@ def kind_and_step(config: LabConfig, graphs: bool, device: torch.device) -> tupl
     if not graphs:
         return kind_of(config), step_of(config)
     if isinstance(config, infobatch.InfoBatchConfig):
-        raise Failure(
-            "--graphs replays a step that does not know its images, as infobatch must: leave it out"
-        )
+        raise Failure("--graphs replays one step for all images, and infobatch weighs each: leave it out")
     if device.type != "cuda":
         raise Failure(f"--graphs takes an NVIDIA GPU, and this run is on {device}: leave it out", 1)
     return GraphState, graphed(step_of(config))

@@ -279,7 +279,7 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --objective backprop --blocks 1 --embedding fixed", "backprop trains one network as a whole"),
         ("train --objective cascade --blocks 1", "blocks of a cascade learn from those before them"),
         ("train --objective infobatch --blocks 1", "images are left out by the losses of all blocks"),
-        ("train --objective infobatch --graphs", "as infobatch must: leave it out"),
+        ("train --objective infobatch --graphs", "and infobatch weighs each: leave it out"),
         ("train --objective infobatch --prune-ratio 1", "prune_ratio must be below 1"),
         ("train --objective infobatch --anneal-from 1.5", "anneal_from must be at most 1"),
         ("train --prune-ratio 0.5", "--prune-ratio is no flag here"),

@@ -18,6 +18,7 @@ from noprop_lab.data import with_augmentation
 from noprop_lab.dt import DT, DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.fm import FMConfig
+from noprop_lab.infobatch import InfoBatchConfig
 from noprop_lab.networks import LabState, build, load
 from noprop_lab.settings import WEIGHTS, LabConfig, shared_by
 
@@ -395,7 +396,13 @@ def test_what_a_cascade_is_not_for(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", [DTConfig(**TINY), BackpropConfig(**TINY, step_threads=1), CascadeConfig(**TINY)]
+    "config",
+    [
+        DTConfig(**TINY),
+        BackpropConfig(**TINY, step_threads=1),
+        CascadeConfig(**TINY),
+        InfoBatchConfig(**TINY),
+    ],
 )
 def test_bfloat16_trains_float32_weights_to_nearly_the_same(config, small_data):
     exact = tiny(small_data, config)
