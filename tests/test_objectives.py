@@ -428,6 +428,7 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
     assert {path.name for path in tmp_path.glob("[!.]*")} == names
     checkpoint = tmp_path / f"noprop_{objective}.pt"
     before = contents(checkpoint)
+    steps = 6 if objective == "infobatch" else 8  # it leaves out two batches of images in its second epoch
     evaluate = ["evaluate", str(checkpoint), "--temperature=0"]  # dt samples where no flag says otherwise
     capsys.readouterr()
     assert lab.main([*evaluate, "--early-exit=0.999999999"]) == lab.main(evaluate) == 0
@@ -436,7 +437,7 @@ def test_the_objective_is_in_every_files_name_and_the_run_can_be_resumed(tmp_pat
     if objective == "dt" or more:
         refused(capsys, 2, [*evaluate[:2], "--early-exit=0.9"], "--early-exit does not sample")
     assert lab.main([*flags, "--resume"]) == 0
-    assert "resuming, 8 steps are done" in capsys.readouterr().out
+    assert f"resuming, {steps} steps are done" in capsys.readouterr().out
     assert equal(contents(checkpoint), before)
 
 
