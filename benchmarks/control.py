@@ -212,6 +212,12 @@ def replicates_of(name: str) -> list[Path]:
     return sorted(found, key=lambda x: int(x.stem.split("-")[-1]))
 
 
+def kept_of(name: str) -> dict[str, np.ndarray]:
+    """What is kept of all replicates, by row, (R, ...) each; empty if there is nothing."""
+    files = [dict(np.load(path)) for path in replicates_of(name)]
+    return {row: np.stack([x[row] for x in files]) for row in (files or [{}])[0]}
+
+
 def evaluate(dataset: str, replicate: int, lr: dict[str, float], data: noprop.Data) -> None:
     """Answer the test images, once, and keep what is needed for accuracy, loss and calibration.
 
@@ -319,11 +325,10 @@ def report() -> int:
     """Print the tables, put them into docs/evidence.md, and draw the picture."""
     tables, parts = {}, []
     for dataset, name in DATASETS.items():
-        if files := [np.load(path) for path in replicates_of(f"control-{dataset}")]:
-            rows = {row: np.stack([file[row] for file in files]) for row in files[0].files}
+        if rows := kept_of(f"control-{dataset}"):
             tempered = rows.pop("tempered")
             parts += [
-                f"**{name}**, replicates: {len(files)}",
+                f"**{name}**, replicates: {len(tempered)}",
                 table(rows, tempered),
                 tried(dataset, {"cnns": TWO}),
             ]

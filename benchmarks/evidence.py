@@ -186,9 +186,9 @@ def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
 
 def ten_cnns() -> np.ndarray:
     """What ten plain CNNs, averaged, answer in each replicate of control.py, (R, 1, 2, N)."""
-    if not (files := control.replicates_of("control-mnist")):
+    if not (rows := control.kept_of("control-mnist")):
         raise SystemExit("error: the last row is of control.py: run that first")
-    return np.stack([np.load(x)[control.TEN] for x in files])
+    return rows[control.TEN]
 
 
 def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows:
@@ -695,7 +695,8 @@ def dots(axes, rows: Rows, column: str) -> None:
 
 def control_of(name: str) -> Rows:
     """Rows for a table of short runs: what brief() has of plain CNNs, by the names of its columns."""
-    rows = {f"{row}, three seeds": x for row, x in kept("brief").get("rows", {}).items()}
+    found = kept("brief").get("rows", {})
+    rows = {f"{row}, {NUMBERS[len(next(iter(x.values())))]} seeds": x for row, x in found.items()}
     if name == "paper":
         return {row: {x: y for x, y in of.items() if "validation" not in x} for row, of in rows.items()}
     if name not in ("objectives", "embeddings", "ablation"):

@@ -256,9 +256,9 @@ def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
         lines = [(marks, f"{way}, {block} × {count}", seconds, 100 - of_all, loss_of_all)]
         if way == "CNN":
             lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))
-        for marks, label, x, *both in lines:
+        for style, label, x, *both in lines:
             for axes, y in zip((error, loss), both, strict=True):
-                axes.plot(x, y, marks, ms=4, color=color, label=label)
+                axes.plot(x, y, style, ms=4, color=color, label=label)
     error.set(title="Error on 15,000 held-out training images", ylabel="%")
     loss.set(title="Negative log-likelihood of these")
     for axes in (error, loss):

@@ -19,11 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import frontier, intervals
-from benchmarks.control import log_p_of, measured
+from benchmarks.control import fit, log_p_of, measured
 from benchmarks.machine import matmul_peak
 from benchmarks.seeds import keep_answers, mean, refuse_fewer, run, write
-from noprop_lab import infobatch
-from noprop_lab.networks import PruningState
+from noprop_lab.infobatch import InfoBatchConfig
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "infobatch-runs.json"
@@ -36,10 +35,7 @@ def path_of(seed: int) -> Path:
 
 def measure(seed: int, data: noprop.Data) -> None:
     """Train with a seed, and keep what the chain answers on the held-out images, and the steps."""
-    config = infobatch.InfoBatchConfig(seed=seed, select="last", all_images=True)  # none to select by
-    state = PruningState(config)
-    for _ in noprop.train(state, data, infobatch.train_step, threads=1):
-        pass
+    state = fit(InfoBatchConfig(seed=seed, select="last"), data, measured=False, threads=1)
     kept = intervals.packed(log_p_of(state.averaged, data.val.images)[:, -1], data.val.labels)
     keep_answers(path_of(seed), chain=kept, steps=np.array(state.step))
     noprop.say(f"seed {seed}: {intervals.right_and_loss(kept)[0].mean():.2f} %, {state.step} steps")
@@ -71,10 +67,9 @@ def table_of_runs() -> str:
         lines.append(f"| {name} | {mean(seconds, 0)} | {mean(accuracies)} |")
     pairs = zip(ours["seconds of training"], default["seconds of training"], strict=True)
     shares = sorted(one / other for one, other in pairs)
-    spread = f"{statistics.median(shares):.2f} of the time ({shares[0]:.2f} to {shares[-1]:.2f})"
-    text = f"InfoBatch takes {spread}"
+    text = f"{statistics.median(shares):.2f} of the time ({shares[0]:.2f} to {shares[-1]:.2f})"
     peak = f"matmul peak right after it: {kept['peak_gflops']:.0f} GFLOP/s"
-    return "\n".join([*lines, "", f"{text}; {kept['seeds']} seeds, in turn; {peak}."])
+    return "\n".join([*lines, "", f"InfoBatch takes {text}; {kept['seeds']} seeds, in turn; {peak}."])
 
 
 def report() -> int:

@@ -72,12 +72,6 @@ def answers_of_cnns(flags: list[str], seed: int, test: noprop.Split) -> dict[str
     return {control.ONE: each, THREE: packed(control.averaged(log_p), test.labels)[None]}
 
 
-def kept_of(name: str) -> dict[str, np.ndarray]:
-    """What is kept of all replicates, by row, (R, n, 2, N) each; empty if there is nothing."""
-    files = [dict(np.load(x)) for x in control.replicates_of(name)]
-    return {row: np.stack([x[row] for x in files]) for row in (files or [{}])[0]}
-
-
 def table(rows: dict[str, np.ndarray], rival: str) -> str:
     """The Markdown tables of what replicates have answered."""
     base, *others = rows
@@ -87,7 +81,7 @@ def table(rows: dict[str, np.ndarray], rival: str) -> str:
 def report() -> int:
     """Print the tables, and put them into docs/evidence.md."""
     made, code = "`python benchmarks/paired.py --seeds {}{}`", None
-    headline, fashion, beside = (kept_of(x) for x in ("headline", "fashion", "control-mnist"))
+    headline, fashion, beside = (control.kept_of(x) for x in ("headline", "fashion", "control-mnist"))
     headline |= {name: beside[name] for name in (control.ONE, control.TEN) if headline}
     for mark, rows, rival, more in (
         ("paired", headline, control.TEN, ""),

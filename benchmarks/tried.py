@@ -210,7 +210,7 @@ def main() -> int:
         measured = interleaved({name: lambda x=x: passes(x) for name, x in found.items()}, given.rounds)
         after = interleaved({name: lambda x=x: [x() for _ in range(20)] for name, x in updates().items()}, 25)
     memory = [[seconds_in_a_process(kept) for kept in (True, False)] for _ in range(PAIRS)]
-    kept, freed = (list(x) for x in zip(*memory, strict=True))
+    kept, freed = zip(*memory, strict=True)
     seconds = {f"passes, {name}": x for name, x in measured.items()}
     seconds |= {f"update, {name}": [s / 20 for s in x] for name, x in after.items()}
     seconds |= {"passes, memory kept": kept, "passes, memory given back": freed}

@@ -77,7 +77,7 @@ class Pruning(State):
 
     def order(self, images: int) -> tuple[Tensor, ...]:
         """As State.order(), without those that are left out; all, where the others fill no batch."""
-        config, epoch, size = self.config, len(self.history), self.config.batch_size
+        config, epoch = self.config, len(self.history)
         if not len(self.losses):
             self.losses = torch.full((images,), torch.nan, device=self.device)
         if not self.log:  # an epoch that is resumed goes on with what counted when it began
@@ -85,10 +85,9 @@ class Pruning(State):
             self.counts = 1 + below * config.prune_ratio / (1 - config.prune_ratio)
         drawn = torch.rand(images, generator=generator(config.seed, "left out", epoch)).to(self.device)
         kept = ((self.counts == 1) | (drawn >= config.prune_ratio)).nonzero()[:, 0]
-        if len(kept) < size:
+        if len(kept) < config.batch_size:
             self.counts, kept = torch.ones_like(self.counts), torch.arange(images, device=self.device)
-        order = torch.randperm(len(kept), generator=generator(config.seed, "order", epoch)).to(self.device)
-        self.taken = kept[order].split(size)[: len(kept) // size]
+        self.taken = tuple(kept[batch] for batch in super().order(len(kept)))
         return self.taken
 
     def resume(self, content: dict[str, Any], digest: str) -> None:

@@ -74,6 +74,14 @@ def tiny(data: noprop.Data, config: LabConfig, threads: int = 1) -> LabState:
     return state
 
 
+def content_of(state: LabState) -> dict:
+    """What resume() takes of a checkpoint of the state, with images of the digest ""."""
+    training = {name: getattr(state, name) for name in state.POSITION}
+    training["parts"] = {name: state.part_state(name) for name in state.parts}
+    made_with = noprop.made_with(state.device)
+    return {"training": training, "model": {}, "data": "", "path": "", "made_with": made_with}
+
+
 def equal(a, b) -> bool:
     """Whether what checkpoints hold is equal bit for bit, but for seconds."""
     if isinstance(a, dict):

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import noprop
+from laboratory import content_of
 
 from noprop_lab import __main__ as lab
 from noprop_lab import parallel
@@ -82,10 +83,7 @@ def trained(kind, config, gpu, images, step, steps=20, resume_at=None):
     while state.step < steps:
         next(records)
         if state.step == resume_at:
-            training = {name: getattr(state, name) for name in state.POSITION}
-            training["parts"] = {name: state.part_state(name) for name in state.parts}
-            content = {"training": training, "model": {}, "data": "", "path": ""}
-            content["made_with"] = noprop.made_with(gpu)
+            content = content_of(state)
             state = kind(config, gpu, images)
             state.resume(content, "")
             records, resume_at = noprop.train(state, images, step, steps_too=True), None

@@ -8,9 +8,9 @@ import contextlib
 
 import pytest
 import torch
+from laboratory import content_of
 
 import noprop_example as noprop
-from noprop_example import made_with
 from noprop_lab.__main__ import step_of
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
@@ -73,15 +73,9 @@ def test_no_tensor_is_left_behind_and_no_step_waits(name):
     for steps in (1, 2):
         assert next(noprop.train(state, data, step, threads=1, steps_too=True)) is None
         assert len(state.log) == steps and state.log[-1].device == META
-        training = {key: getattr(state, key) for key in state.POSITION}
-        training["parts"] = {part: state.part_state(part) for part in state.parts}
-        content = {"training": training, "model": {}, "data": "", "path": "", "made_with": made_with(META)}
-        state.resume(content, "")
-    model = state.averaged
-    assert (
-        model(noprop.to_float(split.images), state.config.temperature, noprop.generator("inference")).device
-        == META
-    )
+        state.resume(content_of(state), "")
+    model, noise = state.averaged, noprop.generator("inference")
+    assert model(noprop.to_float(split.images), state.config.temperature, noise).device == META
     assert model.probabilities(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape[::2] == (5, 10)
 
 
