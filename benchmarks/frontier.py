@@ -7,7 +7,8 @@
 
 The 15,000 other training images answer; no test image is read but by --final. Beside the chains stand plain
 CNNs of a block's size, one and several averaged. What is chosen RULES say, which were written before anything
-was measured. Seconds are those of a CPU, a step's times the number of steps, wherever networks were trained.
+was measured; later InfoBatch (noprop_lab/infobatch.py) came, which trains what they chose in fewer steps.
+Seconds are those of a CPU, a step's times the number of steps, wherever networks were trained.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from benchmarks import intervals, speed
 from benchmarks.control import averaged, fit, log_p_of
 from benchmarks.seeds import DOCS, keep_answers, mean, write
 from noprop_lab.backprop import BackpropConfig
+from noprop_lab.infobatch import InfoBatchConfig
 from noprop_lab.settings import LabConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +41,7 @@ ROWS, ANSWERS, TIMES, FINAL = (
 class Setting(NamedTuple):
     """What is trained."""
 
-    way: str  # "NoProp", a chain of blocks; "CNN", plain networks of a block's size, averaged
+    way: str  # "NoProp", a chain of blocks; "InfoBatch", in fewer steps; "CNN", plain networks, averaged
     block: str  # of SIZES
     count: int  # of blocks, or of networks
     epochs: int
@@ -49,14 +51,15 @@ class Setting(NamedTuple):
         return "-".join(map(str, (*self, seed)))
 
     def untimed(self) -> str:
-        """The same for any number of epochs: under which the seconds of a step are kept."""
-        return "-".join(map(str, self[:3]))
+        """The same for any number of epochs or steps: under which the seconds of a step are kept."""
+        return "-".join(("CNN" if self.way == "CNN" else "NoProp", self.block, str(self.count)))
 
     def configs(self, seed: int) -> list[LabConfig]:
         """Of the one chain, or of each network."""
         recipe = dict(block=self.block, epochs=self.epochs)
-        if self.way == "NoProp":
-            return [LabConfig(seed=seed, num_blocks=self.count, **recipe)]
+        if self.way != "CNN":
+            kind = InfoBatchConfig if self.way == "InfoBatch" else LabConfig
+            return [kind(seed=seed, num_blocks=self.count, **recipe)]
         seeds = range(100 * (seed + 1), 100 * (seed + 1) + self.count)
         return [BackpropConfig(seed=x, num_blocks=1, step_threads=1, **recipe) for x in seeds]
 
@@ -73,7 +76,9 @@ RULES = {  # of the deep settings in a list, that of the highest mean accuracy o
     "accurate": [Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))],  # about 6 minutes
     "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],  # about 20
 }
-SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys([*RULES["accurate"], TODAY], 4)
+SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys(RULES["accurate"], 4)
+FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as the rules have chosen
+SEEDS |= {TODAY: 10, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4}
 
 
 def read(path: Path):
@@ -88,14 +93,15 @@ def keep(path: Path, results) -> None:
 # --- Training ----------------------------------------------------------------------------------------------
 
 
-def answers(setting: Setting, seed: int, data: noprop.Data) -> dict[str, np.ndarray]:
-    """What packed() keeps of held-out images: of the chain, or a CNN; of the mean of blocks, or CNNs."""
+def answers(setting: Setting, seed: int, data: noprop.Data) -> tuple[dict[str, np.ndarray], int]:
+    """What packed() keeps of held-out images, of the chain, or a CNN, and of the mean of all; and steps."""
     found = []
     for config in setting.configs(seed):
         state = fit(replace(config, select="last"), data, measured=False)
         found.append(log_p_of(state.averaged, data.val.images))
     log_p, label = torch.cat(found, 1), data.val.labels
-    return {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(averaged(log_p), label)}
+    kept = {"alone": intervals.packed(log_p[:, -1], label), "mean": intervals.packed(averaged(log_p), label)}
+    return kept, state.step
 
 
 def held_out(data: noprop.Data, fold: slice = slice(45_000, None)) -> noprop.Data:
@@ -119,8 +125,9 @@ def train(device: torch.device) -> None:
     jobs = [(x, seed) for x, seed in jobs if x.key(seed) not in rows]
     work = [x.count * x.epochs * (4 if x.block == "deep" else 1) for x, _ in jobs]
     for done, (setting, seed) in enumerate(jobs, start=1):
-        name, row = setting.key(seed), {}
-        for which, kept in answers(setting, seed, data).items():
+        name, (found, steps) = setting.key(seed), answers(setting, seed, data)
+        row = {"steps": steps}
+        for which, kept in found.items():
             by_image, losses = intervals.right_and_loss(kept)
             row[which] = {"accuracy": by_image.mean(), "loss": losses.mean()}
             right[f"{name}-{which}"] = np.packbits(by_image > 0)
@@ -135,15 +142,15 @@ def final(device: torch.device, seeds: int = 5) -> None:
     """Train what is chosen on 55,000 images, select on 5,000, and answer the test images."""
     data, rows = noprop.load_data(noprop.Config(), device=device), read(FINAL)
     for seed in range(seeds):
-        for name in RULES:
-            setting = chosen(name)
-            if (key := f"{name}-{setting.key(seed)}") in rows:
+        for setting in tested():
+            if (key := setting.key(seed)) in rows:
                 continue
             [config] = setting.configs(seed)
             state = fit(replace(config, patience=config.epochs), data)
             state.averaged.load_state_dict(state.selected)
             found = noprop.evaluate(state.averaged, data.test, config)
-            rows[key] = found | {"epoch": state.selected_epoch} | noprop.made_with(device)
+            found |= {"epoch": state.selected_epoch, "steps": state.step}
+            rows[key] = found | noprop.made_with(device)
             noprop.say(f"{key}: {found['accuracy'][-1]:.2f} %")
             keep(FINAL, rows)
 
@@ -163,16 +170,19 @@ def times(rounds: int = 3) -> None:
 def chosen(name: str) -> Setting:
     """What a rule chooses."""
     rows = read(ROWS)
-    if missing := {x.key(seed) for x, n in SEEDS.items() for seed in range(n)} - rows.keys():
-        raise SystemExit(
-            f"error: {len(missing)} settings are not measured yet: run this without a flag first"
-        )
+    if missing := {x.key(seed) for x in RULES[name] for seed in range(SEEDS[x])} - rows.keys():
+        raise SystemExit(f"error: {len(missing)} runs are not made yet: run this without a flag first")
 
     def accuracy(setting: Setting) -> float:
         names = [setting.key(seed) for seed in range(SEEDS[setting])]
         return statistics.mean(rows[x]["alone"]["accuracy"] for x in names)
 
     return max(RULES[name], key=accuracy)
+
+
+def tested() -> list[Setting]:
+    """What answers the test images."""
+    return [*map(chosen, RULES), *FEWER_STEPS]
 
 
 def rightly(setting: Setting, which: str = "alone") -> np.ndarray:
@@ -191,9 +201,12 @@ def compared(one: Setting, other: Setting) -> str:
     return f"{intervals.interval(apart, 3)}, {intervals.verdict(apart, seeds)} ({seeds} seeds)"
 
 
-def seconds_of(setting: Setting, by_step: dict[str, float], images: int = 55_000) -> float:
-    """Seconds of training on so many images, of 512 a step."""
-    return by_step[setting.untimed()] * setting.epochs * (images // 512)
+def seconds_of(setting: Setting, by_step: dict[str, float], rows: dict) -> float:
+    """Seconds of training on 55,000 images, of 512 a step; InfoBatch has the share of them that it took."""
+    if setting.way != "InfoBatch":
+        return by_step[setting.untimed()] * setting.epochs * (55_000 // 512)
+    steps = statistics.mean(rows[setting.key(seed)]["steps"] for seed in range(SEEDS[setting]))
+    return by_step[setting.untimed()] * steps * (55_000 // 512) / (45_000 // 512)
 
 
 def name_of(setting: Setting) -> str:
@@ -204,41 +217,41 @@ def name_of(setting: Setting) -> str:
 def report() -> int:
     """Print the table, put it into docs/speed.md, and draw the picture."""
     rows, by_step, final, table = read(ROWS), read(TIMES), read(FINAL), {}
-    rules = {rule: chosen(rule) for rule in RULES}
-    if not by_step or not final:
-        raise SystemExit(
-            "error: the steps are not timed, or nothing is tested: run --times and --final first"
-        )
+    needed = [(x.key(seed), rows) for x, n in SEEDS.items() for seed in range(n)]
+    needed += [(x.key(0), final) for x in tested()] + [(speed.PEAK, by_step)]
+    if missing := [key for key, kept in needed if key not in kept]:
+        first = "run this without a flag, with --times and with --final first"
+        raise SystemExit(f"error: {missing[0]} and {len(missing) - 1} others are not measured: {first}")
     columns = "", "epochs", "seeds", "accuracy", "accuracy of the mean", "nll", "nll of the mean", "seconds"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):
         found = [rows[setting.key(seed)] for seed in range(seeds)]
         cells = [[x[a][b] for x in found] for b in ("accuracy", "loss") for a in ("alone", "mean")]
-        table[setting] = [statistics.mean(x) for x in cells]
+        table[setting] = [*map(statistics.mean, cells), seconds := seconds_of(setting, by_step, rows)]
         text = [mean(x, d).removesuffix(" ± nan") for x, d in zip(cells, (2, 2, 4, 4), strict=True)]
-        text += [f"{seconds_of(setting, by_step):.0f}"]
+        text += [f"{seconds:.0f}"]
         lines += [f"| {name_of(setting)} | {setting.epochs} | {seeds} | {' | '.join(text)} |"]
     lines += ["", "| held out: accuracy of | less that of | points |", "|---|---|---|"]
-    for one, other in [(x, DEFAULT) for x in QUICKER + FEWER] + [
-        (x, TODAY) for rule in RULES.values() for x in rule
-    ]:
+    beside = dict.fromkeys(QUICKER + FEWER, DEFAULT)
+    beside |= dict.fromkeys([*RULES["accurate"], *RULES["best"], *FEWER_STEPS], TODAY)
+    for one, other in beside.items():
         names = [f"{name_of(x)}, {x.epochs} epochs" for x in (one, other)]
         lines += [f"| {' | '.join(names)} | {compared(one, other)} |"]
-    lines += ["", "| chosen | test accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
-    for rule, setting in rules.items():
-        found = [x for key, x in final.items() if key.startswith(f"{rule}-{setting.key('')}")]
+    lines += ["", "| on test images | accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
+    for setting in tested():
+        found = [x for key, x in final.items() if key.startswith(setting.key(""))]
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["accuracy_average"] for x in found])]
         epochs = sorted({x["epoch"] for x in found})  # of which validation images have selected weights
-        title = f"candidate for `{rule}`: {name_of(setting)}, {setting.epochs} epochs"
+        title = f"{name_of(setting)}, {setting.epochs} epochs"
         title += f"; weights of epoch {' to '.join(map(str, epochs[:: len(epochs) - 1 or 1]))}"
         lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]
     peak = f"Matmul peak right after the steps were timed: {by_step[speed.PEAK]:.0f} GFLOP/s."
     noprop.say(text := "\n".join([*lines, "", peak]))
     write("frontier", f"![Accuracy and likelihood against time](img/frontier.png)\n\n{text}", "speed.md")
-    return noprop.picture(draw, DOCS / "img" / "frontier.png", table, by_step)
+    return noprop.picture(draw, DOCS / "img" / "frontier.png", table)
 
 
-def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
+def draw(table: dict[Setting, list[float]]):
     """Held-out error and loss against seconds: of the mean of blocks or networks, and of one CNN."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -246,13 +259,12 @@ def draw(table: dict[Setting, list[float]], by_step: dict[str, float]):
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     error, loss = figure.subplots(1, 2)
     maps = {("NoProp", "small"): "Blues", ("NoProp", "deep"): "Greens"}
-    maps |= {("CNN", "small"): "Reds", ("CNN", "deep"): "Oranges"}
+    maps |= {("CNN", "small"): "Reds", ("CNN", "deep"): "Oranges", ("InfoBatch", "deep"): "Purples"}
     for way, block, count in sorted({x[:3] for x in table}):
         settings = sorted(x for x in table if x[:3] == (way, block, count))
-        seconds = np.array([seconds_of(setting, by_step) for setting in settings])
-        alone, of_all, loss_alone, loss_of_all = np.array([table[setting] for setting in settings]).T
+        alone, of_all, loss_alone, loss_of_all, seconds = np.array([table[x] for x in settings]).T
         color = colormaps[maps[way, block]](0.35 + 0.06 * count)
-        marks = "o-" if way == "NoProp" else "s--"
+        marks = "s--" if way == "CNN" else "o-"
         lines = [(marks, f"{way}, {block} × {count}", seconds, 100 - of_all, loss_of_all)]
         if way == "CNN":
             lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))

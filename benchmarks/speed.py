@@ -410,15 +410,14 @@ def selected_time(history: list[dict], images: int, accuracy: float) -> float | 
 
 
 def runs(number: int) -> None:
-    """Whole runs of the script, process start to last file, beside the original's cost and two rivals."""
+    """Whole runs of the script, on a GPU of the lab with graphs, beside the original's cost."""
     totals, costs, summaries = [], [], []
-    script = Path(noprop.__file__)
     for seed in range(number):
         folder = Path("runs") / "speed" / f"seed{seed}"
         costs.append(original())
         started = time.perf_counter()
-        command = [sys.executable, str(script), f"--seed={seed}", f"--output-dir={folder}"]
-        command.append(f"--device={DEVICE}")
+        program = ["-m", "noprop_lab", "train", "--graphs"] if DEVICE.type == "cuda" else [noprop.__file__]
+        command = [sys.executable, *program, f"--seed={seed}", f"--output-dir={folder}", f"--device={DEVICE}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         totals.append(time.perf_counter() - started)
         costs.append(original())

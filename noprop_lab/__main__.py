@@ -22,7 +22,7 @@ from noprop_lab import demo as drawing
 from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data, with_augmentation
 from noprop_lab.early_exit import early_exit
-from noprop_lab.graphs import GraphState, graphed
+from noprop_lab.graphs import GraphState, PruningGraphState, graphed
 from noprop_lab.networks import (
     CONFIGS,
     LabState,
@@ -46,6 +46,9 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     demo [CHECKPOINT] [flags]         a page on which one draws a digit and sees the label emerge
 
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
+
+
+ONLY = {"paper": "dt, ct, fm or backprop", "best": "infobatch"}  # presets that other objectives lack
 
 
 def translated(command: str, arguments: list[str]) -> list[str]:
@@ -128,8 +131,8 @@ def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | N
         own = kind(**{name: x for name, x in file.items() if name != "embed_dim"}).dim
         if "seed" in file and not saved and own == file.get("embed_dim"):
             del file["embed_dim"]
-    if options.preset == "paper" and not hasattr(kind, "paper"):
-        raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
+    if options.preset in ONLY and not hasattr(kind, options.preset):
+        raise Failure(f"--preset {options.preset} is a setting of --objective {ONLY[options.preset]}")
     dataset = options.dataset or file.get("dataset", (saved or kind).dataset)
     if dataset not in (*SOURCES, "folder"):
         raise Failure(f"dataset can't be {dataset!r}: it is one of {', '.join(SOURCES)}, folder")
@@ -209,10 +212,10 @@ def kind_and_step(config: LabConfig, graphs: bool, device: torch.device) -> tupl
     """What holds a run, and makes its steps. Raises Failure (1) for graphs without an NVIDIA GPU."""
     if not graphs:
         return kind_of(config), step_of(config)
-    if isinstance(config, infobatch.InfoBatchConfig):
-        raise Failure("--graphs replays one step for all images, and infobatch weighs each: leave it out")
     if device.type != "cuda":
         raise Failure(f"--graphs takes an NVIDIA GPU, and this run is on {device}: leave it out", 1)
+    if isinstance(config, infobatch.InfoBatchConfig):
+        return PruningGraphState, partial(infobatch.train_step, step=graphed(noprop.train_step))
     return GraphState, graphed(step_of(config))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from noprop_example import State
+from noprop_lab.infobatch import Pruning
 from noprop_lab.networks import LabState
 
 WARM_UP = 3  # steps that are run before one is captured, and undone: libraries choose and allocate in these
@@ -88,6 +89,10 @@ class GraphState(LabState):
         states = super().part_state(name)
         states[-1]["param_groups"][0] |= {"lr": self.lr, "capturable": False}
         return states
+
+
+class PruningGraphState(Pruning, GraphState):
+    """A state that replays steps, and leaves out images that are learned already."""
 
 
 def graphed(step: Callable) -> Callable:

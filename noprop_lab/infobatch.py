@@ -34,6 +34,16 @@ class InfoBatchConfig(LabConfig):
 
     together = "images are left out by the losses of all blocks"
 
+    @classmethod
+    def accurate(cls, **changes) -> InfoBatchConfig:
+        """Four deep blocks, near the script's ten in a fourth of their time (docs/speed.md)."""
+        return cls(**dict(block="deep", num_blocks=4, epochs=13) | changes)
+
+    @classmethod
+    def best(cls, **changes) -> InfoBatchConfig:
+        """The most accurate of up to twenty minutes: three deep blocks, for long."""
+        return cls(**dict(block="deep", num_blocks=3, epochs=46, patience=46) | changes)
+
     def faults(self):
         yield from super().faults()
         yield self.prune_ratio >= 1, f"prune_ratio must be below 1, not {self.prune_ratio}"
@@ -45,7 +55,7 @@ class Weighted:
 
     def __init__(self, config: LabConfig):
         self.config = config
-        self.weight: Tensor | None = None  # of the images of this step, (B,)
+        self.weight = torch.empty(0)  # of the images of this step, (B,); one tensor, which a graph reads
         self.losses: dict[int, Tensor] = {}  # by block, (B,)
 
     def block_loss(self, block, t, alpha_bar, image, label, W, draw) -> tuple[Tensor, Tensor]:
@@ -95,10 +105,14 @@ class Pruning(State):
         self.losses, self.counts = self.losses.to(self.device), self.counts.to(self.device)
 
 
-def train_step(state: Pruning, image: Tensor, label: Tensor, lr: float, parallel: Callable = map) -> dict:
+def train_step(
+    state: Pruning, image: Tensor, label: Tensor, lr: float, parallel: Callable = map, step=noprop.train_step
+) -> dict:
     """noprop_example.train_step(), weighted, whose losses decide who is left out of the next epoch."""
     batch, objective = state.taken[len(state.log)], state.objective
-    objective.weight = state.counts[batch]
-    results = noprop.train_step(state, image, label, lr, parallel)
+    if not len(objective.weight):
+        objective.weight = torch.empty(len(batch), device=state.device)
+    objective.weight.copy_(state.counts[batch])
+    results = step(state, image, label, lr, parallel)
     state.losses[batch] = sum(objective.losses[t] for t in state.blocks)
     return results
