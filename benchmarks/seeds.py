@@ -102,6 +102,12 @@ def command(flags: list[str], folder: Path) -> list[str]:
     return [sys.executable, *start, *flags]
 
 
+def environment() -> dict[str, str]:
+    """In which python -m noprop_lab is found from any folder."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def stale(summary: dict, flags: list[str], seed: int) -> str:
     """The settings that a finished run has otherwise than its flags say now; of a search, none."""
     if "--run-hpo" in flags:
@@ -129,7 +135,6 @@ def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[
     check()
     print(f"{len(jobs)} runs; {len(missing)} of them are missing.", file=sys.stderr)
     started = time.perf_counter()
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
     def make(name: str, flags: list[str], seed: int) -> str:
         folder = folder_of(flags, seed)
@@ -137,7 +142,7 @@ def run(settings: dict[str, list[str]], seeds: range, at_once: int = 1) -> dict[
             [*command(flags, folder), f"--seed={seed}", f"--output-dir={folder}"],
             check=True,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": paths},  # the lab is found from any folder
+            env=environment(),
         )
         return f"seed {seed}  {name}"
 

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks.machine import matmul_peak
-from benchmarks.seeds import refuse_fewer
+from benchmarks.seeds import environment, refuse_fewer
 from noprop_example import Config, State
 from noprop_lab import backprop
 from noprop_lab.__main__ import kind_and_step, step_of
@@ -418,7 +418,7 @@ def runs(number: int) -> None:
         started = time.perf_counter()
         program = ["-m", "noprop_lab", "train", "--graphs"] if DEVICE.type == "cuda" else [noprop.__file__]
         command = [sys.executable, *program, f"--seed={seed}", f"--output-dir={folder}", f"--device={DEVICE}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
         totals.append(time.perf_counter() - started)
         costs.append(original())
         summaries.append(json.loads((folder / "noprop_hybrid.json").read_text()))

@@ -36,7 +36,7 @@ class InfoBatchConfig(LabConfig):
 
     @classmethod
     def accurate(cls, **changes) -> InfoBatchConfig:
-        """Four deep blocks, near the script's ten in a fourth of their time (docs/speed.md)."""
+        """Four deep blocks, near the script's ten in .3 of their time (docs/speed.md)."""
         return cls(**dict(block="deep", num_blocks=4, epochs=13) | changes)
 
     @classmethod
