@@ -483,6 +483,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/infobatch.py", '(*State.POSITION, "losses", "counts")', '(*State.POSITION, "counts")'),
     (f"{LAB}/infobatch.py", "if len(kept) < config.batch_size:", "if not len(kept):"),
     (f"{LAB}/infobatch.py", "(self.weight * each).mean()", "each.mean()"),
+    (f"{LAB}/infobatch.py", "weight.copy_(state.counts[batch])", "weight.copy_(state.counts[: len(batch)])"),
     (f"{LAB}/infobatch.py", "sum(objective.losses[t] for t in state.blocks)", "objective.losses[1]"),
     (SCRIPT, "state.record(record, len(data.val.labels))", "state.record(record, len(data.train.labels))"),
     (SCRIPT, "[: images // self.config.batch_size]", "[:]"),

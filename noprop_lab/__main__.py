@@ -48,9 +48,6 @@ USAGE = """usage: python -m noprop_lab COMMAND ...
     COMMAND --help lists the flags; --objective dt --help those of an objective."""
 
 
-ONLY = {"paper": "dt, ct, fm or backprop", "best": "infobatch"}  # presets that other objectives lack
-
-
 def translated(command: str, arguments: list[str]) -> list[str]:
     """The flags that say what a command and its files mean."""
     return {"train": [], "search": ["--run-hpo"]}.get(command, [f"--{command}"]) + arguments
@@ -131,8 +128,8 @@ def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | N
         own = kind(**{name: x for name, x in file.items() if name != "embed_dim"}).dim
         if "seed" in file and not saved and own == file.get("embed_dim"):
             del file["embed_dim"]
-    if options.preset in ONLY and not hasattr(kind, options.preset):
-        raise Failure(f"--preset {options.preset} is a setting of --objective {ONLY[options.preset]}")
+    if options.preset == "paper" and not hasattr(kind, "paper"):
+        raise Failure("--preset paper is a setting of --objective dt, ct, fm or backprop")
     dataset = options.dataset or file.get("dataset", (saved or kind).dataset)
     if dataset not in (*SOURCES, "folder"):
         raise Failure(f"dataset can't be {dataset!r}: it is one of {', '.join(SOURCES)}, folder")

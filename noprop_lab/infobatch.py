@@ -34,16 +34,6 @@ class InfoBatchConfig(LabConfig):
 
     together = "images are left out by the losses of all blocks"
 
-    @classmethod
-    def accurate(cls, **changes) -> InfoBatchConfig:
-        """Four deep blocks, near the script's ten in .3 of their time (docs/speed.md)."""
-        return cls(**dict(block="deep", num_blocks=4, epochs=13) | changes)
-
-    @classmethod
-    def best(cls, **changes) -> InfoBatchConfig:
-        """The most accurate of up to twenty minutes: three deep blocks, for long."""
-        return cls(**dict(block="deep", num_blocks=3, epochs=46, patience=46) | changes)
-
     def faults(self):
         yield from super().faults()
         yield self.prune_ratio >= 1, f"prune_ratio must be below 1, not {self.prune_ratio}"

@@ -168,7 +168,7 @@ class LabOptions(Options):
     """What to do, where and how."""
 
     # Used most
-    preset: Literal["default", "accurate", "reference", "paper", "best"] = "default"  # a start; flags win
+    preset: Literal["default", "accurate", "reference", "paper"] = "default"  # a start; flags win
     resume: bool = False  # go on from noprop_OBJECTIVE.pt in the output folder, exactly
     objective: Objective | None = None  # paper: dt, ct, fm; infobatch: the hybrid loss, in fewer steps
     dataset: Dataset | None = None  # mnist if none is named; what is missing of the others is downloaded
@@ -187,8 +187,8 @@ class LabOptions(Options):
 
     @property
     def named_objective(self) -> str | None:
-        """The objective that the flags name: --preset paper is a setting of dt, best of infobatch."""
-        return self.objective or {"paper": "dt", "best": "infobatch"}.get(self.preset)
+        """The objective that the flags name: --preset paper is a setting of dt."""
+        return self.objective or ("dt" if self.preset == "paper" else None)
 
     def faults(self):
         yield from super().faults()

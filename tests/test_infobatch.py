@@ -83,8 +83,9 @@ def test_each_image_counts_by_its_weight_and_its_loss_is_that_of_all_blocks(smal
     head = objective.head_loss(model.classifier, u_hat, label, W, None)
     torch.testing.assert_close(head, weighted(slow))
     state = PruningState(InfoBatchConfig(**TINY))
-    batch = state.order(512)[0]
+    batch, state.counts = state.order(512)[0], torch.linspace(1, 2, 512)
     train_step(state, noprop.to_float(small_data.train.images[batch]), small_data.train.labels[batch], 0.01)
+    assert state.objective.weight.equal(state.counts[batch])
     torch.testing.assert_close(state.losses[batch], sum(state.objective.losses[t] for t in (1, 2, 3)))
     assert state.losses.isnan().sum() == 512 - 128
 

@@ -38,8 +38,6 @@ COMMANDS = {  # what they mean
     "train --preset paper": DTConfig.paper(),
     "train --preset paper --num-blocks 4": DTConfig.paper(num_blocks=4),
     "train --preset paper --objective backprop": BackpropConfig.paper(),
-    "train --preset best": InfoBatchConfig(block="deep", num_blocks=3, epochs=46, patience=46),
-    "train --preset accurate --objective infobatch": InfoBatchConfig(block="deep", num_blocks=4, epochs=13),
     "train --dataset fashion_mnist": LabConfig(
         dataset="fashion_mnist", num_blocks=3, block="deep", epochs=24
     ),
@@ -294,7 +292,6 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --objective dt --num-blocks 50 --weights equal --temperature 0", "learn nothing: take ddpm"),
         ("train --objective backprop --step-threads 0", "step_threads must be at least 1"),
         ("train --objective cascade --preset paper", "--preset paper is a setting of --objective dt"),
-        ("train --objective hybrid --preset best", "--preset best is a setting of --objective infobatch"),
         ("train --objective ct --preset reference", "--preset reference does not go with --objective ct"),
         ("train --objective none", "--objective"),
         ("train --embedding onehot --embed-dim 30", "embedding onehot has 10 dimensions"),
