@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
@@ -23,6 +22,7 @@ from benchmarks import frontier, intervals
 from benchmarks.control import fit, log_p_of, measured
 from benchmarks.machine import matmul_peak
 from benchmarks.seeds import keep_answers, mean, refuse_fewer, run, write
+from benchmarks.speed import name_of_machine
 from noprop_lab.infobatch import InfoBatchConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ def runs(number: int) -> None:
 
     In runs/, which must not be there: what was trained before had the machine as it was then.
     """
-    path = RESULTS / f"infobatch-runs-{torch.backends.cpu.get_cpu_capability().lower()}.json"
+    path = RESULTS / f"infobatch-runs-{name_of_machine()}.json"
     refuse_fewer(path, "seeds", number)
     if Path("runs").exists():
         raise SystemExit("error: the runs are to follow each other: start this in a folder without runs/")
@@ -60,7 +60,7 @@ def runs(number: int) -> None:
 
 def table_of_runs() -> str:
     """What runs() has kept, a line a machine, in Markdown."""
-    columns = "two cores with", "matmul peak right after it", "seeds", "the default, seconds of training"
+    columns = "machine", "matmul peak right after it", "seeds", "the default, seconds of training"
     columns += "InfoBatch, seconds", "its share of the time", "the default, test %", "InfoBatch, test %"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for path in sorted(RESULTS.glob("infobatch-runs-*.json")):
@@ -68,7 +68,11 @@ def table_of_runs() -> str:
         (default, before), (ours, after) = (row.values() for row in kept["rows"].values())
         shares = sorted(one / other for one, other in zip(ours, default, strict=True))
         share = f"{statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})"
-        cells = kept["versions"]["chip"], f"{kept['peak_gflops']:.0f} GFLOP/s", str(kept["seeds"])
+        cells = (
+            path.stem.removeprefix("infobatch-runs-"),
+            f"{kept['peak_gflops']:.0f} GFLOP/s",
+            str(kept["seeds"]),
+        )
         cells += mean(default, 0), mean(ours, 0), share, mean(before), mean(after)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -410,7 +410,7 @@ def selected_time(history: list[dict], images: int, accuracy: float) -> float | 
 
 
 def runs(number: int) -> None:
-    """Whole runs of the script, on a GPU of the lab with graphs, beside the original's cost."""
+    """Whole runs of the script, or on a GPU of the lab with graphs, beside the original's cost."""
     totals, costs, summaries = [], [], []
     for seed in range(number):
         folder = Path("runs") / "speed" / f"seed{seed}"
@@ -479,6 +479,19 @@ def name_of_machine() -> str:
     return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}-{THREADS}-cores"
 
 
+def keep(path: Path, part: str) -> None:
+    """Write what has been measured, the part last, over what is there of it, and beside that of others."""
+    RESULTS["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if part == "runs":  # whose names have changed
+        kept = {
+            name: x for name, x in kept.items() if not name.startswith(("default run", "original recipe"))
+        }
+    made = RESULTS["versions"] | {name: x for name, x in RESULTS.items() if name.startswith("float32 matmul")}
+    by_part = kept.get("versions by part", {}) | {part: made}
+    path.write_text(json.dumps(kept | RESULTS | {"versions by part": by_part}, indent=1) + "\n")
+
+
 def main() -> int:
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -493,21 +506,10 @@ def main() -> int:
     if "runs" in chosen:
         refuse_fewer(path, "default run: seconds of training to 99.0 % test, by seed", arguments.seeds)
     print("| | |\n|---|---|")
-    for part in (machine, step, graphs, compiled, profile, memory):
+    for part in (machine, step, graphs, compiled, profile, memory, runs, inference):
         if part.__name__ in chosen:
-            part()
-    for part in (runs, inference):
-        if part.__name__ in chosen:
-            part(arguments.seeds)
-    RESULTS["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
-    kept = json.loads(path.read_text()) if path.exists() else {}  # of other parts, measured earlier
-    if "runs" in chosen:  # whose names have changed
-        kept = {
-            name: x for name, x in kept.items() if not name.startswith(("default run", "original recipe"))
-        }
-    made = RESULTS["versions"] | {name: x for name, x in RESULTS.items() if name.startswith("float32 matmul")}
-    by_part = kept.get("versions by part", {}) | dict.fromkeys(chosen, made)
-    path.write_text(json.dumps(kept | RESULTS | {"versions by part": by_part}, indent=1) + "\n")
+            part(*[arguments.seeds] * (part in (runs, inference)))
+            keep(path, part.__name__)
     return 0
 
 

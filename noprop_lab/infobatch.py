@@ -98,7 +98,10 @@ class Pruning(State):
 def train_step(
     state: Pruning, image: Tensor, label: Tensor, lr: float, parallel: Callable = map, step=noprop.train_step
 ) -> dict:
-    """noprop_example.train_step(), weighted, whose losses decide who is left out of the next epoch."""
+    """noprop_example.train_step(), weighted, whose losses decide who is left out of the next epoch.
+
+    step: makes it, or replays a graph of it.
+    """
     batch, objective = state.taken[len(state.log)], state.objective
     if not len(objective.weight):
         objective.weight = torch.empty(len(batch), device=state.device)

@@ -40,7 +40,9 @@ CONFIGS = {
     "cascade, varied": lambda: CascadeConfig(
         num_blocks=3, hand_on="maps", estimates="averaged", z_noise=0.5, learns="mean", **QUICK
     ),
-    "infobatch": lambda: InfoBatchConfig(num_blocks=3, **QUICK | {"epochs": 4}),  # shorter ones
+    "infobatch": lambda: InfoBatchConfig(
+        num_blocks=3, **QUICK | {"epochs": 4}
+    ),  # of which later ones are shorter
 }
 
 

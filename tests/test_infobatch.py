@@ -88,6 +88,9 @@ def test_each_image_counts_by_its_weight_and_its_loss_is_that_of_all_blocks(smal
     assert state.objective.weight.equal(state.counts[batch])
     torch.testing.assert_close(state.losses[batch], sum(state.objective.losses[t] for t in (1, 2, 3)))
     assert state.losses.isnan().sum() == 512 - 128
+    first = state.objective.weight
+    train_step(state, noprop.to_float(small_data.train.images[batch]), small_data.train.labels[batch], 0.01)
+    assert state.objective.weight is first  # which a graph reads
 
 
 @pytest.mark.parametrize("save_at", [(0, 4), (1, 4), (1, 5)])
