@@ -401,7 +401,7 @@ class Config(Checked):
 
     @classmethod
     def accurate(cls, **changes) -> Config:
-        """Deeper blocks: more accurate, in six to seven times the time."""
+        """Deeper blocks: more accurate, in six to eight times the time."""
         return cls(**{"block": "deep"} | changes)
 
     @classmethod
