@@ -26,7 +26,7 @@ from benchmarks.intervals import packed
 from benchmarks.seeds import folder_of, keep_answers, network_of, sampling, summary_of
 from noprop_lab.data import load_data
 
-THREE = "three CNNs, averaged"
+THREE, MEAN = "three CNNs, averaged", "the mean of its blocks"
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def answers(settings: dict[str, list[str]], seed: int, test: noprop.Split) -> di
         model, log_p = asked(flags, seed, test)
         rows[name] = log_p[:, -1]
         if name == base:
-            rows["the mean of its blocks"] = control.averaged(log_p)
+            rows[MEAN] = control.averaged(log_p)
             rows["its block 1"] = log_p[:, 0]
         if name == base or DT in flags:
             other = 1.0 if name == base else 0.0
@@ -75,7 +75,10 @@ def answers_of_cnns(flags: list[str], seed: int, test: noprop.Split) -> dict[str
 def table(rows: dict[str, np.ndarray], rival: str) -> str:
     """The Markdown tables of what replicates have answered."""
     base, *others = rows
-    return control.short_table(rows, f"less {base}", {name: (name, base) for name in others}, rival)
+    pairs = {name: (name, base) for name in others}
+    rivals = [name for name in others if "backpropagation" in name or "CNN" in name]
+    pairs |= {f"{name}, less {MEAN}": (name, MEAN) for name in rivals}
+    return control.short_table(rows, f"less {base}, if nothing else is said", pairs, rival)
 
 
 def report() -> int:
