@@ -99,6 +99,7 @@ def report() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
         "--fashion-mnist", type=Path, metavar="DIR", help="the networks of evidence.py fashion"
     )
@@ -106,7 +107,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.report:
         return report()
-    seeds, name, settings, cnn = range(given.seeds), "headline", HEADLINE, None
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    name, settings, cnn = "headline", HEADLINE, None
     if given.fashion_mnist:
         name, settings = "fashion", fashion_flags(given.fashion_mnist)
         _, cnn = settings.popitem()
@@ -114,7 +116,7 @@ def main() -> int:
     needed += [(cnn, x) for seed in seeds for x in three_cnns(seed) if cnn]
     if missing := [x for x in needed if not summary_of(folder_of(*x))]:  # before a test image is asked for
         more = " --fashion-mnist DIR" * (name == "fashion")
-        first = f"run python benchmarks/evidence.py {name} --seeds {given.seeds}{more} here first"
+        first = f"run python benchmarks/evidence.py {name} --seeds {seeds.stop}{more} here first"
         raise SystemExit(f"error: no network in {folder_of(*missing[0])}: {first}")
     config = network_of(folder_of(*needed[0])).config
     test = load_data(config, given.fashion_mnist or noprop.Options.data_root).test
