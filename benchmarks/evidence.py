@@ -1,6 +1,6 @@
 """Does NoProp work, and which part of it?
 
-    python benchmarks/evidence.py headline --seeds 5     NoProp, NoProp-DT, backpropagation (5 hours); makes
+    python benchmarks/evidence.py headline --seeds 10    NoProp, NoProp-DT, backpropagation (5 hours); makes
                                                          what the results lack; --rows NAME ...: only these;
                                                          --times: only their seconds, in one sitting
     python benchmarks/evidence.py ladder --seeds 5       what the chain of blocks does (5 runs of the default)

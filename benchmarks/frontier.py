@@ -73,11 +73,11 @@ QUICKER = [Setting("NoProp", "small", 10, n) for n in (9, 8)]  # instead of the 
 FEWER = [Setting("NoProp", "small", T, 12) for T in (4, 2)]
 SEEDS |= dict.fromkeys([DEFAULT, *QUICKER, FEWER[0]], 10)
 RULES = {  # of the deep settings in a list, that of the highest mean accuracy on held-out images
-    "accurate": [Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))],  # 6 minutes then
+    "accurate": [Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))],  # 6 minutes
     "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],  # 20
 }
 SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys(RULES["accurate"], 4)
-FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # the numbers chosen
+FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as many as chosen
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
 SEEDS |= {TODAY: 10, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
 
@@ -222,7 +222,7 @@ def report() -> int:
     needed += [(x.key(0), final) for x in tested()] + [(speed.PEAK, by_step)]
     if missing := [key for key, kept in needed if key not in kept]:
         first = "run this without a flag, with --times and with --final first"
-        raise SystemExit(f"error: {missing[0]} and {len(missing) - 1} others are not measured: {first}")
+        raise SystemExit(f"error: {len(missing)} are not measured, such as {missing[0]}: {first}")
     columns = "", "epochs", "seeds", "accuracy", "accuracy of the mean", "nll", "nll of the mean", "seconds"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting, seeds in sorted(SEEDS.items()):

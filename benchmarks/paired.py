@@ -1,7 +1,7 @@
 """Networks of the headline, or of Fashion-MNIST's own settings, image by image: likelihood, calibration, and
 intervals over seeds and images.
 
-    python benchmarks/paired.py --seeds 5                        asks what evidence.py headline has made
+    python benchmarks/paired.py --seeds 10                       asks what evidence.py headline has made
     python benchmarks/paired.py --seeds 3 --fashion-mnist DIR    asks what evidence.py fashion has made
     python benchmarks/paired.py --report                         the tables, from benchmarks/results/
 

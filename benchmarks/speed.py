@@ -410,7 +410,7 @@ def selected_time(history: list[dict], images: int, accuracy: float) -> float | 
 
 
 def runs(number: int) -> None:
-    """Whole runs of the script, or on a GPU of the lab with graphs, beside the original's cost."""
+    """Whole runs of the script, or, on a GPU, of the lab with graphs, beside the original's cost."""
     totals, costs, summaries = [], [], []
     for seed in range(number):
         folder = Path("runs") / "speed" / f"seed{seed}"
@@ -508,7 +508,7 @@ def main() -> int:
     print("| | |\n|---|---|")
     for part in (machine, step, graphs, compiled, profile, memory, runs, inference):
         if part.__name__ in chosen:
-            part(*[arguments.seeds] * (part in (runs, inference)))
+            part(arguments.seeds) if part in (runs, inference) else part()
             keep(path, part.__name__)
     return 0
 

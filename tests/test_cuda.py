@@ -40,9 +40,7 @@ CONFIGS = {
     "cascade, varied": lambda: CascadeConfig(
         num_blocks=3, hand_on="maps", estimates="averaged", z_noise=0.5, learns="mean", **QUICK
     ),
-    "infobatch": lambda: InfoBatchConfig(
-        num_blocks=3, **QUICK | {"epochs": 4}
-    ),  # of which later ones are shorter
+    "infobatch": lambda: InfoBatchConfig(num_blocks=3, **QUICK | {"epochs": 4}),  # later ones are shorter
 }
 
 
