@@ -77,7 +77,7 @@ RULES = {  # of the deep settings in a list, that of the highest mean accuracy o
     "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],  # 20
 }
 SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys(RULES["accurate"], 4)
-FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as many as chosen
+FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as many blocks as chosen
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
 SEEDS |= {TODAY: 10, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
 
