@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def keep(path: Path, results) -> None:
 
 
 def answers(setting: Setting, seed: int, data: noprop.Data) -> tuple[dict[str, np.ndarray], int]:
-    """What packed() keeps of held-out images, of the chain, or a CNN, and of the mean of all; and steps."""
+    """What packed() keeps of held-out images, of the chain, or a CNN, and of the mean of all; one's steps."""
     found = []
     for config in setting.configs(seed):
         state = fit(replace(config, select="last"), data, measured=False)
@@ -142,18 +143,17 @@ def train(device: torch.device) -> None:
 def final(device: torch.device, seeds: int = 5) -> None:
     """Train what is tested on 55,000 images, select on 5,000, and answer the test images."""
     data, rows = noprop.load_data(noprop.Config(), device=device), read(FINAL)
-    for seed in range(seeds):
-        for setting in tested():
-            if (key := setting.key(seed)) in rows:
-                continue
-            [config] = setting.configs(seed)
-            state = fit(replace(config, patience=config.epochs), data)
-            state.averaged.load_state_dict(state.selected)
-            found = noprop.evaluate(state.averaged, data.test, config)
-            found |= {"epoch": state.selected_epoch, "steps": state.step}
-            rows[key] = found | noprop.made_with(device)
-            noprop.say(f"{key}: {found['accuracy'][-1]:.2f} %")
-            keep(FINAL, rows)
+    for seed, setting in product(range(seeds), tested()):
+        if (key := setting.key(seed)) in rows:
+            continue
+        [config] = setting.configs(seed)
+        state = fit(replace(config, patience=config.epochs), data)
+        state.averaged.load_state_dict(state.selected)
+        found = noprop.evaluate(state.averaged, data.test, config)
+        found |= {"epoch": state.selected_epoch, "steps": state.step}
+        rows[key] = found | noprop.made_with(device)
+        noprop.say(f"{key}: {found['accuracy'][-1]:.2f} %")
+        keep(FINAL, rows)
 
 
 def times(rounds: int = 3) -> None:
@@ -217,9 +217,9 @@ def name_of(setting: Setting) -> str:
 
 def report() -> int:
     """Print the table, put it into docs/speed.md, and draw the picture."""
-    rows, by_step, final, table = read(ROWS), read(TIMES), read(FINAL), {}
+    rows, by_step, final, on_test, table = read(ROWS), read(TIMES), read(FINAL), tested(), {}
     needed = [(x.key(seed), rows) for x, n in SEEDS.items() for seed in range(n)]
-    needed += [(x.key(0), final) for x in tested()] + [(speed.PEAK, by_step)]
+    needed += [(x.key(0), final) for x in on_test] + [(speed.PEAK, by_step)]
     if missing := [key for key, kept in needed if key not in kept]:
         first = "run this without a flag, with --times and with --final first"
         raise SystemExit(f"error: {len(missing)} are not measured, such as {missing[0]}: {first}")
@@ -239,7 +239,7 @@ def report() -> int:
         names = [f"{name_of(x)}, {x.epochs} epochs" for x in (one, other)]
         lines += [f"| {' | '.join(names)} | {compared(one, other)} |"]
     lines += ["", "| on test images | accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
-    for setting in tested():
+    for setting in on_test:
         found = [x for key, x in final.items() if key.startswith(setting.key(""))]
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["accuracy_average"] for x in found])]
         epochs = sorted({x["epoch"] for x in found})  # of which validation images have selected weights
