@@ -46,18 +46,22 @@ class Setting(NamedTuple):
     block: str  # of SIZES
     count: int  # of blocks, or of networks
     epochs: int
+    batch_size: int = LabConfig.batch_size
+    lr: float = LabConfig.lr
 
     def key(self, seed: int) -> str:
-        """Under which the results of a seed are kept."""
-        return "-".join(map(str, (*self, seed)))
+        """Under which the results of a seed are kept; the default's recipe is not named."""
+        recipe = () if self.batch_size == LabConfig.batch_size else self[4:]
+        return "-".join(map(str, (*self[:4], *recipe, seed)))
 
     def untimed(self) -> str:
         """The same for any number of epochs or steps: under which the seconds of a step are kept."""
-        return "-".join(("CNN" if self.way == "CNN" else "NoProp", self.block, str(self.count)))
+        size = () if self.batch_size == LabConfig.batch_size else (self.batch_size,)
+        return "-".join(map(str, ("CNN" if self.way == "CNN" else "NoProp", self.block, self.count, *size)))
 
     def configs(self, seed: int) -> list[LabConfig]:
         """Of the one chain, or of each network."""
-        recipe = dict(block=self.block, epochs=self.epochs)
+        recipe = dict(block=self.block, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
         if self.way != "CNN":
             kind = InfoBatchConfig if self.way == "InfoBatch" else LabConfig
             return [kind(seed=seed, num_blocks=self.count, **recipe)]
@@ -79,8 +83,9 @@ RULES = {  # of the deep settings in a list, that of the highest mean accuracy o
 }
 SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys(RULES["accurate"], 4)
 FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as many blocks as chosen
+OFTENER = Setting("NoProp", "deep", 4, 10, 256, 0.01)  # what RECIPES chose
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
-SEEDS |= {TODAY: 10, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
+SEEDS |= {TODAY: 10, OFTENER: 10, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
 
 
 def read(path: Path):
@@ -205,7 +210,7 @@ def compared(one: Setting, other: Setting) -> str:
 def seconds_of(setting: Setting, by_step: dict[str, float], rows: dict) -> float:
     """Seconds of training on 55,000 images, of 512 a step; InfoBatch has the share of them that it took."""
     if setting.way != "InfoBatch":
-        return by_step[setting.untimed()] * setting.epochs * (55_000 // 512)
+        return by_step[setting.untimed()] * setting.epochs * (55_000 // setting.batch_size)
     steps = statistics.mean(rows[setting.key(seed)]["steps"] for seed in range(SEEDS[setting]))
     return by_step[setting.untimed()] * steps * (55_000 // 512) / (45_000 // 512)
 
