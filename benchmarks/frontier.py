@@ -159,7 +159,7 @@ def final(device: torch.device) -> None:
         state = fit(replace(config, patience=config.epochs), data)
         state.averaged.load_state_dict(state.selected)
         found = noprop.evaluate(state.averaged, data.test, config)
-        found |= {"epoch": state.selected_epoch, "steps": state.step}
+        found |= {"epoch": state.selected_epoch, "steps": state.step, "seconds": state.seconds}
         rows[key] = found | noprop.made_with(device)
         noprop.say(f"{key}: {found['accuracy'][-1]:.2f} %")
         keep(FINAL, rows)

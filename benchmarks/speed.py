@@ -44,6 +44,7 @@ from noprop_lab.settings import LabConfig
 DEVICE = noprop.CPU  # unless the command line names another
 THREADS = torch.get_num_threads()
 RESULTS: dict = {}  # what is printed and written
+TIMED = "default", "deep", "reference"  # two presets, and the default with deep blocks
 
 OURS, IN_TURN = "NoProp, a block on each core", "NoProp, one block after another"
 AT_ONCE, PARTS = "NoProp, all losses in one backward pass", "backpropagation, a T-th of the batch at a time"
@@ -59,7 +60,9 @@ def report(name: str, value, text: str) -> None:
 
 
 def preset(name: str, kind: type[Config] = Config, **changes) -> Config:
-    return (kind if name == "default" else getattr(kind, name))(**changes)
+    """The settings of one of TIMED."""
+    made = {"default": kind, "deep": partial(kind, block="deep"), "reference": kind.reference}
+    return made[name](**changes)
 
 
 def synchronize() -> None:
@@ -203,7 +206,7 @@ def machine() -> None:
 def step(rounds: int = 9) -> None:
     """Time and model-FLOPs utilisation of a training step; against the naive order and backpropagation."""
     a, peak = torch.rand(1024, 1024, device=DEVICE), RESULTS.get("float32 matmul peak, GFLOP/s", 0)
-    for name in ("default", "accurate", "reference"):
+    for name in TIMED:
         config = preset(name)
         batch, state, twin = random_batch(config.batch_size), State(config, DEVICE), twin_of(name)
         one = twin_of(name, num_blocks=1)
@@ -232,9 +235,9 @@ def step(rounds: int = 9) -> None:
 
 
 def graphs(rounds: int = 5) -> None:
-    """What graphs do for a step on a GPU: of the presets, and of the paper's setting of NoProp-DT."""
+    """What graphs do for a step on a GPU: of TIMED, and of the paper's setting of NoProp-DT."""
     paper = DTConfig.paper()
-    configs = {name: preset(name, LabConfig) for name in ("default", "accurate", "reference")}
+    configs = {name: preset(name, LabConfig) for name in TIMED}
     for name, config in (configs | {"paper": paper}).items():
         batch, contestants = random_batch(config.batch_size), {}
         for precision in ("float32", "bfloat16"):

@@ -162,7 +162,7 @@ def test_a_preset_wins_over_a_data_set_and_a_flag_over_both(flags, block, epochs
         ("--block=small", 10),
         ("--block=deep", 3),  # its own
         ("--config=small.json", 10),
-        ("--preset=accurate", 10),
+        ("--preset=accurate", 4),
         ("--preset=reference", 10),
         ("--objective=fm", 1),
         ("--num-blocks=4", 4),
