@@ -88,7 +88,7 @@ SMALLER_BATCHES = Setting(
 )  # of results/frontier-tried.json the best recipe
 FASTER = Setting("InfoBatch", "small", 6, 12)  # instead of the default
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
-SEEDS |= {TODAY: 10, SMALLER_BATCHES: 10, FASTER: 10, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
+SEEDS |= {TODAY: 10, SMALLER_BATCHES: 10, FASTER: 4, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
 TEST_SEEDS = 5
 
 

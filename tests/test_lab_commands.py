@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, noprop
 from laboratory import contents, flags_of, lab, quick_lab, refused, untrained
 
+from benchmarks import frontier
 from noprop_lab import parts, search
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.cascade import CascadeConfig
@@ -173,6 +174,10 @@ def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks, tmp
     (tmp_path / "small.json").write_text('{"block": "small"}')
     config = lab.read_command_line("train", ["--dataset=fashion_mnist", *flags.split()])[0]
     assert config.num_blocks == num_blocks
+
+
+def test_the_accurate_preset_is_what_was_measured_under_its_name():
+    assert frontier.SMALLER_BATCHES.configs(3) == [LabConfig.accurate(seed=3)]
 
 
 def test_a_written_number_of_dimensions_is_a_setting_only_where_it_was_chosen(tmp_path, capsys):
