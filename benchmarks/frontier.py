@@ -49,14 +49,19 @@ class Setting(NamedTuple):
     batch_size: int = LabConfig.batch_size
     lr: float = LabConfig.lr
 
+    @property
+    def usual(self) -> bool:
+        """Whether it has the default's batches and rate, which then are not named."""
+        return self[4:] == (LabConfig.batch_size, LabConfig.lr)
+
     def key(self, seed: int) -> str:
-        """Under which the results of a seed are kept; the default's recipe is not named."""
-        recipe = () if self.batch_size == LabConfig.batch_size else self[4:]
+        """Under which the results of a seed are kept."""
+        recipe = () if self.usual else self[4:]
         return "-".join(map(str, (*self[:4], *recipe, seed)))
 
     def untimed(self) -> str:
         """The same for any number of epochs or steps: under which the seconds of a step are kept."""
-        size = () if self.batch_size == LabConfig.batch_size else (self.batch_size,)
+        size = () if self.usual else (self.batch_size,)
         return "-".join(map(str, ("CNN" if self.way == "CNN" else "NoProp", self.block, self.count, *size)))
 
     def configs(self, seed: int) -> list[LabConfig]:
@@ -83,9 +88,7 @@ RULES = {  # of the deep settings in a list, that of the highest mean accuracy o
 }
 SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys(RULES["accurate"], 4)
 FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as many blocks as chosen
-SMALLER_BATCHES = Setting(
-    "NoProp", "deep", 4, 10, 256, 0.01
-)  # of results/frontier-tried.json the best recipe
+SMALLER_BATCHES = Setting("NoProp", "deep", 4, 10, 256, 0.01)  # the recipe: of frontier-tried.json
 FASTER = Setting("InfoBatch", "small", 6, 12)  # instead of the default
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
 SEEDS |= {TODAY: 10, SMALLER_BATCHES: 10, FASTER: 4, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
@@ -212,7 +215,7 @@ def compared(one: Setting, other: Setting, which: str = "alone") -> str:
 
 
 def seconds_of(setting: Setting, by_step: dict[str, float], rows: dict) -> float:
-    """Seconds of training on 55,000 images, of 512 a step; InfoBatch has the share of them that it took."""
+    """Seconds of training on 55,000 images; InfoBatch has the share of the steps that it took."""
     if setting.way != "InfoBatch":
         return by_step[setting.untimed()] * setting.epochs * (55_000 // setting.batch_size)
     steps = statistics.mean(rows[setting.key(seed)]["steps"] for seed in range(SEEDS[setting]))
@@ -221,7 +224,7 @@ def seconds_of(setting: Setting, by_step: dict[str, float], rows: dict) -> float
 
 def name_of(setting: Setting) -> str:
     """Such as "NoProp, small × 10"."""
-    size = f", batches of {setting.batch_size}" * (setting.batch_size != LabConfig.batch_size)
+    size = f", batches of {setting.batch_size}" * (not setting.usual)
     return f"{setting.way}, {setting.block} × {setting.count}{size}"
 
 
@@ -279,9 +282,9 @@ def draw(table: dict[Setting, list[float]]):
         lines_of.setdefault(name_of(setting), []).append(setting)
     for name, settings in lines_of.items():
         alone, of_all, loss_alone, loss_of_all, seconds = np.array([table[x] for x in settings]).T
-        way, block, count, *_, size, _ = settings[0]
+        way, block, count, *_ = settings[0]
         color = colormaps[maps[way, block]](0.35 + 0.06 * count)
-        marks = "s--" if way == "CNN" else "o-" if size == LabConfig.batch_size else "D"
+        marks = "s--" if way == "CNN" else "o-" if settings[0].usual else "D"
         lines = [(marks, name, seconds, 100 - of_all, loss_of_all)]
         if way == "CNN":
             lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))
