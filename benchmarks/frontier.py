@@ -7,8 +7,8 @@
 
 The 15,000 other training images answer; no test image is read but by --final. Beside the chains stand plain
 CNNs of a block's size, one and several averaged. What is chosen RULES say, which were written before anything
-was measured; InfoBatch (noprop_lab/infobatch.py), small blocks for longer and smaller batches came after it. Seconds are
-those of a CPU, a step's times the number of steps, wherever networks were trained.
+was measured; InfoBatch (noprop_lab/infobatch.py), small blocks for longer and smaller batches came after it.
+Seconds are those of a CPU, a step's times the number of steps, wherever networks were trained.
 """
 
 import argparse
