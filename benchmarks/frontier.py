@@ -50,19 +50,18 @@ class Setting(NamedTuple):
     lr: float = LabConfig.lr
 
     @property
-    def usual(self) -> bool:
-        """Whether it has the default's batches and rate, which then are not named."""
-        return self[4:] == (LabConfig.batch_size, LabConfig.lr)
+    def recipe(self) -> tuple[int, float] | tuple[()]:
+        """Batch size and rate, which are not named where they are the default's."""
+        return () if self[4:] == (LabConfig.batch_size, LabConfig.lr) else self[4:]
 
     def key(self, seed: int) -> str:
         """Under which the results of a seed are kept."""
-        recipe = () if self.usual else self[4:]
-        return "-".join(map(str, (*self[:4], *recipe, seed)))
+        return "-".join(map(str, (*self[:4], *self.recipe, seed)))
 
     def untimed(self) -> str:
         """The same for any number of epochs or steps: under which the seconds of a step are kept."""
-        size = () if self.batch_size == LabConfig.batch_size else (self.batch_size,)
-        return "-".join(map(str, ("CNN" if self.way == "CNN" else "NoProp", self.block, self.count, *size)))
+        way = "CNN" if self.way == "CNN" else "NoProp"
+        return "-".join(map(str, (way, self.block, self.count, *self.recipe[:1])))
 
     def configs(self, seed: int) -> list[LabConfig]:
         """Of the one chain, or of each network."""
@@ -83,10 +82,10 @@ QUICKER = [Setting("NoProp", "small", 10, n) for n in (9, 8)]  # instead of the 
 FEWER = [Setting("NoProp", "small", T, 12) for T in (4, 2)]
 SEEDS |= dict.fromkeys([DEFAULT, *QUICKER, FEWER[0]], 10)
 RULES = {  # of the deep settings in a list, that of the highest mean accuracy on held-out images
-    "accurate": [
-        Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))
-    ],  # 6 minutes, by times of then
-    "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],  # 20
+    # By times of then 6 minutes
+    "accurate": [Setting("NoProp", "deep", T, n) for T, n in ((2, 20), (3, 13), (4, 10))],
+    # and 20
+    "best": [Setting("NoProp", "deep", T, n) for T, n in ((3, 46), (4, 35), (6, 23), (10, 14))],
 }
 SEEDS |= dict.fromkeys(RULES["best"], 2) | dict.fromkeys(RULES["accurate"], 4)
 FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))]  # as many blocks as chosen
@@ -227,7 +226,7 @@ def seconds_of(setting: Setting, by_step: dict[str, float], rows: dict) -> float
 
 def name_of(setting: Setting) -> str:
     """Such as "NoProp, small × 10"."""
-    recipe = f", {setting.batch_size} a step at {setting.lr}" * (not setting.usual)
+    recipe = ", {} a step at {}".format(*setting.recipe) if setting.recipe else ""
     return f"{setting.way}, {setting.block} × {setting.count}{recipe}"
 
 
@@ -289,7 +288,7 @@ def draw(table: dict[Setting, list[float]]):
         alone, of_all, loss_alone, loss_of_all, seconds = np.array([table[x] for x in settings]).T
         way, block, count, *_ = settings[0]
         color = colormaps[maps[way, block]](0.35 + 0.06 * count)
-        marks = "s--" if way == "CNN" else "o-" if settings[0].usual else "D"
+        marks = "s--" if way == "CNN" else "D" if settings[0].recipe else "o-"
         lines = [(marks, name, seconds, 100 - of_all, loss_of_all)]
         if way == "CNN":
             lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))
