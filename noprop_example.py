@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 RUN_HPO = False  # what a bare call does. True: search hyperparameters with Optuna (--run-hpo); False: train.
 CPU, BESIDE = torch.device("cpu"), Path(__file__).resolve().parent / "data"
@@ -337,7 +337,7 @@ class Checked:
         kinds = get_type_hints(type(self))
         for name, value in vars(self).items():
             try:
-                check_type(value, kinds[name])
+                check_type(value, kinds[name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             except TypeCheckError as error:
                 yield True, f"{name} can't be {value!r}: {Failure(error)}"
             whole = kinds[name] in (int, int | None) and name != "seed"
@@ -848,7 +848,7 @@ def read_checkpoint(path: str | Path, kinds: Mapping = {Config.objective: Config
         content["config"] = kinds[content["objective"]](**content["config"])
         return content | {"path": path, "written": written}
     except (KeyError, TypeError, Failure) as error:
-        lab = f"the lab's: python -m noprop_lab evaluate {path}" if len(kinds) == 1 else "of another version"
+        lab = "the lab's: use python -m noprop_lab" if len(kinds) == 1 else "of another version"
         raise Failure(f"{path} ({content.get('objective')}: {error}) is {lab}") from error
 
 
@@ -1118,6 +1118,8 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
         with signals() as signalled:
             if content:
                 state.resume(content, data.digest())
+                if state.finished() and state.config.epochs > content["config"].epochs:
+                    raise Failure(f"patience {state.config.patience} has ended this run: raise it too")
             else:
                 keep_older(options.checkpoint(state.config))
             weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)

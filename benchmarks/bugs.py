@@ -617,7 +617,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     ),
     (f"{LAB}/data.py", " if name in there else ()", ""),
     (f"{LAB}/dt.py", "draw, self.draw = self.draw, None", "draw = self.draw"),
-    (f"{LAB}/search.py", '| (set() if learned else {"embed_wd", "max_norm_embed"})', ""),
+    (f"{LAB}/search.py", "| (set() if by_trial else config.idle)", ""),
     (f"{LAB}/__main__.py", "    return found | flags", "    return flags | found"),
     (
         f"{LAB}/__main__.py",

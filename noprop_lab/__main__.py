@@ -19,7 +19,6 @@ import noprop_example as noprop
 from noprop_example import Failure, NoProp, say
 from noprop_lab import backprop, cascade, dt, flows, infobatch, parallel, parts
 from noprop_lab import demo as drawing
-from noprop_lab import search as hpo
 from noprop_lab.data import class_folders, load_data, with_augmentation
 from noprop_lab.early_exit import early_exit
 from noprop_lab.graphs import GraphState, PruningGraphState, graphed
@@ -84,6 +83,10 @@ def read_command_line(
     if "threads" in named and issubclass(kind, WholeConfig):  # a flag, which wins over a file
         given = {"step_threads": options.threads} | given
     config = kind(**settings_of(options, given))
+    idle = [x for x in given if x in config.idle and getattr(config, x) != getattr(kind, x)]
+    idle += ["embedding_from"] if options.embedding_from and "embedding" in config.idle else []
+    if idle:
+        raise Failure(f"{idle[0]} has no effect here, as no block learns by the embedding: leave it out")
     if config.mirror and not config.augment:
         raise Failure("mirror is part of the augmentation: leave out no_augment")
     if len(config.classes) == 1:
@@ -269,6 +272,8 @@ def predict(model: NoProp, config: LabConfig, options: LabOptions) -> int:
 
 def search(config: LabConfig, options: LabOptions, device: torch.device) -> int:
     """One worker of a search, then a run with the best settings; returns the exit code."""
+    from noprop_lab import search as hpo  # here: training takes no Optuna
+
     if config.all_images or config.blocks:
         raise Failure(
             "a search judges whole networks by validation images: it takes no all_images, no blocks"
@@ -346,7 +351,8 @@ def execute(arguments: list[str]) -> int:
         say(USAGE, file=sys.stdout if helps else sys.stderr)
         return 0 if helps else 2
     with parallel.processes(), told_once():
-        for flag in {x.split("=")[0].replace("_", "-") for x in rest} & noprop.COMMANDS.keys():
+        named = {x.split("=")[0].replace("_", "-").replace("--no-", "--") for x in rest}
+        for flag in named & noprop.COMMANDS.keys():
             raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")

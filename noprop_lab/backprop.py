@@ -34,6 +34,14 @@ class BackpropConfig(WholeConfig):
     WITHOUT_EFFECT = ("eta_loss_weight", "lambda_global")
     FREE = ("temperature",)
 
+    @property
+    def idle(self) -> set[str]:
+        """Without target classes no block reads the label embedding; but its kind may decide D."""
+        if self.target == "classes":
+            return super().idle
+        kind = {"embedding"} if self.embedding in ("learned", "fixed") else set()
+        return kind | {"embed_wd", "max_norm_embed", "embed_scale"}
+
     def faults(self):
         other = self.weights != "learned" and (self.temperature or self.classify == "z")
         yield other, "without --weights learned, backprop takes no temperature, and no classify z"
@@ -98,7 +106,6 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
         logits = [x.float() if short else x for x in logits]
         loss = sum(F.cross_entropy(x, label) for x in logits) / len(logits)
         loss.backward()
-        through_w = config.target == "classes" and config.learns_embedding
-        names = [name for name in state.parts if name != "label_embedding" or through_w]
+        names = [x for x in state.parts if x != "label_embedding" or "embed_wd" not in config.idle]
         norms = {name: state.update(name, lr) for name in names}
     return {name: (loss.detach() if name == "classifier" else zero, norm) for name, norm in norms.items()}

@@ -48,7 +48,8 @@ def chart(images: torch.Tensor, frames: torch.Tensor, names: list[str], leaves: 
     svg = "".join(f"<text y=36 {x}>{t}</text>" for t, x in enumerate(then, 1))
     for i, k in enumerate(best):
         shares = frames[0, :, k].tolist()
-        cells = [f"<rect {x} width={wide - 3} fill-opacity={p} />" for x, p in zip(then, shares, strict=True)]
+        each = zip(then, shares, strict=True)
+        cells = [f"<rect {x} width={0.875 * wide} fill-opacity={p} />" for x, p in each]
         svg += f"""<g transform='translate(0 {44 + 26 * i})'><text x=190 y=17 text-anchor=end>{names[k]}
 </text><rect x=470><animate attributeName=width values='0;{";".join(str(200 * p) for p in shares)}' dur=4s
 fill=freeze /></rect>{"".join(cells)}<g {then[-1]}><text x=680 y=17>{shares[-1]:.1%}</text></g></g>"""

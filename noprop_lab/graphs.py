@@ -3,7 +3,8 @@
 Small blocks leave a GPU idle: Python launches a kernel later than the one before has ended. A graph holds all
 kernels of a step, and is launched as one. NoProp's blocks do not wait for each other, so each has a branch of
 its own in it. What changes from step to step lies in buffers that are filled before each replay: images,
-labels, learning rate, weight of the averages, and the numbers that are drawn, which are those of any step.
+labels, InfoBatch's weights of these, learning rate, weight of the averages, and the numbers that are drawn,
+which are those of any step.
 """
 
 from __future__ import annotations

@@ -128,6 +128,8 @@ def kind_of(config: LabConfig) -> type[LabState]:
 def embedding_from(path: Path, config: LabConfig) -> Tensor:
     """The label embedding of another network, for this config. Raises Failure."""
     weight = load(path).label_embedding.weight.detach()
-    if weight.shape != (config.num_classes, config.dim):
-        raise Failure(f"the label embedding of {path} is of another --embed-dim")
+    sizes = {"classes": config.num_classes, "embed_dim": config.dim}
+    for there, (what, here) in zip(weight.shape, sizes.items(), strict=True):
+        if there != here:
+            raise Failure(f"the label embedding of {path} has {what} {there}, this network {here}")
     return weight

@@ -25,7 +25,8 @@ def part_names(blocks: list[int], num_blocks: int) -> list[str]:
 def end_of_part(state: State, data: Data, options: Options) -> int:
     """What stands in the place of finish() where blocks are missing."""
     path = options.checkpoint(state.config)
-    say(f"Blocks {state.config.blocks} are in {path}; python -m noprop_lab merge puts parts together.")
+    if state.finished():
+        say(f"Blocks {state.config.blocks} are in {path}; python -m noprop_lab merge puts parts together.")
     return 0
 
 

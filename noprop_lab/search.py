@@ -74,7 +74,7 @@ def storage_of(options: LabOptions, heartbeat: int, grace: int):
     except (IntegrityError, ProgrammingError):  # a worker on another machine makes the tables too
         time.sleep(2)
         storage = make()
-    except RuntimeError as error:  # the tables are of another version of Optuna
+    except (RuntimeError, ValueError) as error:  # the tables are of another version of Optuna; a wrong option
         raise Failure(f"{url.render_as_string()}: {Failure(error)}") from error
     if sqlite:  # Python's driver reads outside of transactions: two workers would take the same trial
         storage.engine.dispose()  # what is open already would stay as it is
@@ -107,9 +107,8 @@ def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     names = noprop.suggest(optuna.create_study().ask()).keys()
     if read := names & READ:
         raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
-    learns = config.learns_embedding and (config.objective != "backprop" or config.target == "classes")
-    learned = learns or names & {"embedding", "target"}  # then it differs by trial
-    idle = {*config.WITHOUT_EFFECT} | (set() if learned else {"embed_wd", "max_norm_embed"})
+    by_trial = names & {"embedding", "target"}  # which decide what else is idle
+    idle = {*config.WITHOUT_EFFECT} | (set() if by_trial else config.idle)
 
     class Asked:
         """A trial that answers for what is idle by itself: with the lower bound, or the first choice."""
@@ -280,9 +279,10 @@ def search(
     if not options.hpo_final_run:
         return worker.failed
     say("\nTraining with the best settings.")
-    final = replace(config, **best)
+    final, device = replace(config, **best), data.train.labels.device.type
     try:
-        return max(worker.failed, run(final, begun(options.checkpoint(final), final, data.digest())))
+        content = begun(options.checkpoint(final), final, data.digest(), device)
+        return max(worker.failed, run(final, content))
     except Failure as failure:
         if not isinstance(failure.__cause__, Timeout):
             raise
@@ -291,8 +291,8 @@ def search(
         return worker.failed
 
 
-def begun(path: Path, config: LabConfig, images: str) -> dict[str, Any] | None:
-    """The contents of a checkpoint of just this config and these images, to go on from; or None.
+def begun(path: Path, config: LabConfig, images: str, device: str) -> dict[str, Any] | None:
+    """The contents of a checkpoint of just this config, images and kind of device, to go on from; or None.
 
     A fixed embedding is that of the config, and not another network's.
     """
@@ -300,7 +300,8 @@ def begun(path: Path, config: LabConfig, images: str) -> dict[str, Any] | None:
         content = read_checkpoint(path)
     except Failure:
         return None
-    fits = content["config"].saved() == config.saved() and content.get("data") == images
+    there = content["config"].saved(), content.get("data"), content["made_with"]["device"]
+    fits = there == (config.saved(), images, device)
     if fits and config.embedding == "fixed":
         models = LabState(config).model.state_dict(), content["model"]
         fits = torch.allclose(*(x["label_embedding.weight"] for x in models), rtol=0, atol=1e-5)

@@ -99,6 +99,11 @@ class LabConfig(Config):
         return self.embedding in ("learned", "prototype")
 
     @property
+    def idle(self) -> set[str]:
+        """Settings that change nothing, beside these others."""
+        return set() if self.learns_embedding else {"embed_wd", "max_norm_embed"}
+
+    @property
     def source(self) -> Source:
         if self.dataset == "folder":
             return Source("", len(self.classes), (3, self.image_size, self.image_size), self.mirror)

@@ -3,6 +3,7 @@
 import getpass
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -378,8 +379,9 @@ def test_a_path_is_no_class(layout, tmp_path, capsys):
     flags = ["train", "--dataset=folder", f"--data-root={tmp_path}", f"--output-dir={tmp_path / 'out'}"]
     for name in (tmp_path / layout / "blue", "../train/blue", "."):
         refused(capsys, 2, [*flags, "--classes", str(name), "red"], "it has none of class")
-    (tmp_path / "some.json").write_text('{"dataset": "folder", "classes": ["red", 5]}')
-    refused(capsys, 2, [*flags, f"--config={tmp_path / 'some.json'}"], "it has none of class 5")
+    for name in (5, ["blue"], {}):
+        (tmp_path / "some.json").write_text(json.dumps({"dataset": "folder", "classes": ["red", name]}))
+        refused(capsys, 2, [*flags, f"--config={tmp_path / 'some.json'}"], f"classes can't be ('red', {name}")
 
 
 def test_of_two_test_folders_one_is_taken_by_its_name(tmp_path):

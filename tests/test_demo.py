@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.ct import CTConfig
-from noprop_lab.demo import answer, emerging
+from noprop_lab.demo import answer, chart, emerging
 from noprop_lab.dt import DTConfig
 from noprop_lab.early_exit import early_exit
 from noprop_lab.networks import load
@@ -77,6 +77,13 @@ def test_the_probabilities_are_those_of_the_network(network, data):
     shown = [[float(x) for x in values.split(";")] for values in re.findall("values='([^']*)'", html)]
     expected = 200 * network.probabilities(images[2:])[0].T  # (classes, T), of bars 200 pixels long
     torch.testing.assert_close(torch.tensor(shown), torch.nn.functional.pad(expected, (1, 0)))
+
+
+@pytest.mark.parametrize("blocks", [1, 10, 200])
+def test_every_block_has_a_column(blocks):
+    html = chart(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), torch.ones(1, blocks, 10), [*"0123456789"], 0)
+    columns = re.findall(r"x=([\d.]+) width=([\d.]+) ", html)
+    assert len(columns) == 10 * blocks and all(0 < float(width) < 240 / blocks for _, width in columns)
 
 
 def test_the_block_of_early_exit_is_marked(network, data):

@@ -48,7 +48,7 @@ def test_a_checkpoint_holds_what_its_readers_need(checkpoint):
         ({"format": "noprop-example-1"}, "another version of this script (noprop-example-1): train again"),
         ({"format": "noprop-example-3"}, "another version of this script (noprop-example-3): train again"),
         ({"format": None}, "no checkpoint of this script"),
-        ({"objective": "dt"}, "(dt: 'dt') is the lab's: python -m noprop_lab evaluate "),
+        ({"objective": "dt"}, "(dt: 'dt') is the lab's: use python -m noprop_lab"),
         ({"config": {"embed_dim": "a"}}, "embed_dim can't be 'a'"),
         ({"config": {"dataset": "cifar10"}}, "is the lab's"),
     ],

@@ -290,6 +290,12 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --embed-scale 0", "embed_scale 0 makes all labels the same"),
         ("train --embedding-from F --embed-scale 2", "leave --embed-scale out"),
         ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
+        ("train --embedding fixed --embed-wd 0.1", "embed_wd has no effect here"),
+        ("train --objective backprop --embed-scale 2", "embed_scale has no effect here"),
+        ("train --objective backprop --embedding fixed", "embedding has no effect here"),
+        ("train --objective backprop --embedding-from F", "embedding_from has no effect here"),
+        ("train --objective backprop --target classes --embedding fixed --embed-wd 0.1", "embed_wd has no"),
+        ("search --no-run-hpo", "--run-hpo is a command: python -m noprop_lab search"),
         ("train --objective cascade --temperature 1", "temperature has no effect on this objective"),
         ("train --objective backprop --temperature 1", "without --weights learned, backprop takes no"),
         ("train --objective backprop --classify z", "without --weights learned, backprop takes no"),
@@ -427,7 +433,9 @@ def test_an_embedding_that_a_run_does_not_have_is_refused(tmp_path, capsys):
     untrained(tmp_path)
     refused(capsys, 2, [*start, f"--embedding-from={own}"], "--embedding fixed contradicts")
     wide = untrained(tmp_path / "wide", LabConfig(num_blocks=3, embed_dim=30))
-    refused(capsys, 2, ["train", f"--embedding-from={wide}"], "is of another --embed-dim")
+    refused(capsys, 2, ["train", f"--embedding-from={wide}"], "has embed_dim 30, this network 20")
+    more = ["train", "--dataset=cifar100", f"--embedding-from={own}"]
+    refused(capsys, 2, more, "has classes 10, this network 100")
 
 
 def test_a_networks_data_set_may_bring_settings_that_the_run_had_otherwise(tmp_path):
@@ -475,7 +483,7 @@ def test_the_script_reads_what_the_lab_writes_of_its_recipe_and_the_lab_reads_th
 def test_the_script_refuses_what_is_the_labs_and_names_it(config, tmp_path, capsys):
     path = untrained(tmp_path, config)
     for arguments in (["--evaluate", str(path)], ["--predict", str(path), "a.png"]):
-        refused(capsys, 2, arguments, "is the lab's: python -m noprop_lab evaluate", main=noprop.main)
+        refused(capsys, 2, arguments, "is the lab's: use python -m noprop_lab", main=noprop.main)
     with pytest.raises(noprop.Failure, match="python -m noprop_lab"):
         noprop.load(path)
     found = load(path).config

@@ -8,7 +8,9 @@ from conftest import noprop, same
 from laboratory import contents, equal, flags_of, lab, quick_lab, refused, untrained
 
 from noprop_lab.backprop import BackpropConfig
-from noprop_lab.settings import LabConfig
+from noprop_lab.networks import LabState, read_checkpoint
+from noprop_lab.parts import end_of_part
+from noprop_lab.settings import LabConfig, LabOptions
 
 FIXED = "--embedding=fixed"
 
@@ -55,6 +57,14 @@ def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path, names)
     assert {x.name for x in tmp_path.iterdir()} == {x.name for x in (parts / "whole").iterdir()}
     assert merge(*(parts / name for name in names), into=tmp_path) == 0  # which takes no network's place
     assert same(contents(tmp_path / "noprop_hybrid.1.pt")["model"], merged["model"])
+
+
+def test_a_part_that_was_stopped_is_not_said_to_be_ready(parts, capsys):
+    there = read_checkpoint(parts / "1" / "noprop_hybrid.pt")
+    state, options = LabState(there["config"]), LabOptions(output_dir=parts / "1")
+    assert end_of_part(state, None, options) == 0 and not capsys.readouterr().out
+    state.history = there["training"]["history"]
+    assert end_of_part(state, None, options) == 0 and "Blocks 1 are in" in capsys.readouterr().out
 
 
 def test_a_block_of_a_whole_network_is_exchanged(tmp_path):

@@ -94,6 +94,15 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert "Nothing to resume" in capsys.readouterr().out
 
 
+def test_more_epochs_for_a_run_that_patience_has_ended_take_more_patience(tmp_path, capsys):
+    state = noprop.State(config := noprop.Config(**TINY | {"epochs": 9, "patience": 1}))
+    for epoch, accuracy in ((1, 50.0), (2, 40.0)):
+        state.record({"epoch": epoch, "val_accuracy": accuracy}, 5000)
+    state.save(tmp_path / "noprop_hybrid.pt", noprop.load_data(config).digest())
+    more = ["--resume", "--epochs=20", f"--output-dir={tmp_path}"]
+    fails(capsys, 2, more, "patience 1 has ended this run: raise it too")
+
+
 def test_what_may_change_when_a_run_is_resumed(tmp_path, capsys):
     """More epochs, and a patience that lets them be; a preset's epochs are those of a new run."""
     folder = [f"--output-dir={tmp_path}"]

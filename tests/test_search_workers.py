@@ -85,14 +85,15 @@ def silence(database: Path) -> None:
             time.sleep(0.02)
 
 
-def test_a_final_run_goes_on_from_just_its_settings_and_images(tmp_path):
+def test_a_final_run_goes_on_from_just_its_settings_images_and_kind_of_device(tmp_path):
     LabState(config := LabConfig(num_blocks=1)).save(path := tmp_path / "noprop_hybrid.pt", "of these")
-    assert hpo.begun(path, config, "of these") and not hpo.begun(path, config, "of others")
-    assert not hpo.begun(path, replace(config, lr=0.02), "of these")
+    assert hpo.begun(path, config, "of these", "cpu") and not hpo.begun(path, config, "of others", "cpu")
+    assert not hpo.begun(path, replace(config, lr=0.02), "of these", "cpu")
+    assert not hpo.begun(path, config, "of these", "mps")
     fixed = replace(config, embedding="fixed")
     for embedding, fits in ((None, True), (torch.zeros(10, 20), False)):  # --embedding-from another
         LabState(fixed, embedding=embedding).save(path, "of these")
-        assert bool(hpo.begun(path, fixed, "of these")) == fits
+        assert bool(hpo.begun(path, fixed, "of these", "cpu")) == fits
 
 
 @pytest.mark.draws
@@ -402,6 +403,7 @@ def test_a_trial_without_a_sign_of_life_is_run_again_and_its_worker_goes_on_with
         ("nonsense", "--hpo-storage is no URL of a database: nonsense", 2),
         ("oracle://x", "oracle", 1),  # whose driver is not installed
         ("nothing://x", "nothing", 2),
+        ("sqlite:///x.db?timeout=abc", "x.db?timeout=abc: could not convert", 2),
         ("postgresql://user:secret/x", "no URL of a database: postgresql\n", 2),
     ],
 )
