@@ -450,8 +450,8 @@ BACKPROP = [
     ("twin: the same dropout mask in every block", "partial(state.draw, t)", "partial(state.draw, 1)"),
     (
         "twin: the embedding is never trained",
-        'through_w = config.target == "classes" and config.learns_embedding',
-        "through_w = False",
+        'names = [x for x in state.parts if x != "label_embedding" or "embed_wd" not in config.idle]',
+        'names = [x for x in state.parts if x != "label_embedding"]',
     ),
 ]
 
@@ -618,6 +618,14 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/data.py", " if name in there else ()", ""),
     (f"{LAB}/dt.py", "draw, self.draw = self.draw, None", "draw = self.draw"),
     (f"{LAB}/search.py", "| (set() if by_trial else config.idle)", ""),
+    (SCRIPT, 'state.config.epochs > content["config"].epochs', "False"),
+    (f"{LAB}/__main__.py", "idle = [x for x in given if x in config.idle and", "idle = [x for x in () if"),
+    (f"{LAB}/parts.py", "if state.finished():", "if state:"),
+    (
+        f"{LAB}/search.py",
+        "fits = there == (config.saved(), images, device)",
+        "fits = there[:2] == (config.saved(), images)",
+    ),
     (f"{LAB}/__main__.py", "    return found | flags", "    return flags | found"),
     (
         f"{LAB}/__main__.py",
