@@ -1119,7 +1119,7 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
             if content:
                 state.resume(content, data.digest())
                 if state.finished() and state.config.epochs > content["config"].epochs:
-                    raise Failure(f"patience {state.config.patience} has ended this run: raise it too")
+                    raise Failure(f"by patience {state.config.patience} this run has ended: raise it too")
             else:
                 keep_older(options.checkpoint(state.config))
             weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)

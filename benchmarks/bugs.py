@@ -450,8 +450,8 @@ BACKPROP = [
     ("twin: the same dropout mask in every block", "partial(state.draw, t)", "partial(state.draw, 1)"),
     (
         "twin: the embedding is never trained",
-        'names = [x for x in state.parts if x != "label_embedding" or "embed_wd" not in config.idle]',
-        'names = [x for x in state.parts if x != "label_embedding"]',
+        'through_w = config.target == "classes" and config.learns_embedding',
+        "through_w = False",
     ),
 ]
 

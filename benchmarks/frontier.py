@@ -249,7 +249,7 @@ def report() -> int:
         text = [mean(x, d).removesuffix(" ± nan") for x, d in zip(cells, (2, 2, 4, 4), strict=True)]
         text += [f"{seconds:.0f}"]
         line_of[setting] = f"| {name_of(setting)} | {setting.epochs} | {seeds} | {' | '.join(text)} |"
-    lines = [*head, *map(line_of.get, IN_SHORT)]
+    lines = [*head, *(line_of[x] for x in IN_SHORT)]
     lines += ["", "![Accuracy and likelihood against time](img/frontier.png)", ""]
     lines += [f"<details><summary>All {len(line_of)} settings, and comparisons</summary>", "", *head]
     lines += [*line_of.values(), "", "| held out: accuracy of | less that of | points |", "|---|---|---|"]

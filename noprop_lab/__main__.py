@@ -85,8 +85,8 @@ def read_command_line(
     config = kind(**settings_of(options, given))
     idle = [x for x in given if x in config.idle and getattr(config, x) != getattr(kind, x)]
     idle += ["embedding_from"] if options.embedding_from and "embedding" in config.idle else []
-    if idle:
-        raise Failure(f"{idle[0]} has no effect here, as no block learns by the embedding: leave it out")
+    if idle and not options.run_hpo:  # a search may propose what gives it an effect
+        raise Failure(f"{idle[0]} has no effect, as no label embedding is trained, or read: leave it out")
     if config.mirror and not config.augment:
         raise Failure("mirror is part of the augmentation: leave out no_augment")
     if len(config.classes) == 1:

@@ -36,7 +36,7 @@ class BackpropConfig(WholeConfig):
 
     @property
     def idle(self) -> set[str]:
-        """Without target classes no block reads the label embedding; but its kind may decide D."""
+        """Without target classes no block reads the label embedding; but onehot and prototype decide D."""
         if self.target == "classes":
             return super().idle
         kind = {"embedding"} if self.embedding in ("learned", "fixed") else set()
@@ -106,6 +106,7 @@ def train_step(state: State, image: Tensor, label: Tensor, lr: float, parallel=m
         logits = [x.float() if short else x for x in logits]
         loss = sum(F.cross_entropy(x, label) for x in logits) / len(logits)
         loss.backward()
-        names = [x for x in state.parts if x != "label_embedding" or "embed_wd" not in config.idle]
+        through_w = config.target == "classes" and config.learns_embedding
+        names = [name for name in state.parts if name != "label_embedding" or through_w]
         norms = {name: state.update(name, lr) for name in names}
     return {name: (loss.detach() if name == "classifier" else zero, norm) for name, norm in norms.items()}

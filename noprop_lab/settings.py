@@ -100,7 +100,7 @@ class LabConfig(Config):
 
     @property
     def idle(self) -> set[str]:
-        """Settings that change nothing, beside these others."""
+        """Settings that change nothing, given what the others are."""
         return set() if self.learns_embedding else {"embed_wd", "max_norm_embed"}
 
     @property

@@ -53,6 +53,11 @@ COMMANDS = {  # what they mean
     "train --embedding-from F --blocks 1-2": PARTS,
     "train --classify z": LabConfig(classify="z"),
     "train --embedding onehot": LabConfig(embedding="onehot"),
+    "train --preset paper --embedding fixed": DTConfig.paper(embedding="fixed"),  # its embed_wd has no effect
+    "train --objective backprop --embedding onehot": BackpropConfig(embedding="onehot"),  # decides D
+    "train --objective backprop --target classes --embedding fixed": BackpropConfig(
+        target="classes", embedding="fixed"
+    ),
     "train --embedding prototype --objective dt": DTConfig(embedding="prototype"),
     "train --block paper --target classes": LabConfig(block="paper", target="classes"),
     "search --hpo-storage sqlite:///x.db": LabConfig(),
@@ -290,10 +295,10 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --embed-scale 0", "embed_scale 0 makes all labels the same"),
         ("train --embedding-from F --embed-scale 2", "leave --embed-scale out"),
         ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
-        ("train --embedding fixed --embed-wd 0.1", "embed_wd has no effect here"),
-        ("train --objective backprop --embed-scale 2", "embed_scale has no effect here"),
-        ("train --objective backprop --embedding fixed", "embedding has no effect here"),
-        ("train --objective backprop --embedding-from F", "embedding_from has no effect here"),
+        ("train --embedding fixed --embed-wd 0.1", "embed_wd has no effect, as"),
+        ("train --objective backprop --embed-scale 2", "embed_scale has no effect, as"),
+        ("train --objective backprop --embedding fixed", "embedding has no effect, as"),
+        ("train --objective backprop --embedding-from F", "embedding_from has no effect, as"),
         ("train --objective backprop --target classes --embedding fixed --embed-wd 0.1", "embed_wd has no"),
         ("search --no-run-hpo", "--run-hpo is a command: python -m noprop_lab search"),
         ("train --objective cascade --temperature 1", "temperature has no effect on this objective"),

@@ -100,7 +100,7 @@ def test_more_epochs_for_a_run_that_patience_has_ended_take_more_patience(tmp_pa
         state.record({"epoch": epoch, "val_accuracy": accuracy}, 5000)
     state.save(tmp_path / "noprop_hybrid.pt", noprop.load_data(config).digest())
     more = ["--resume", "--epochs=20", f"--output-dir={tmp_path}"]
-    fails(capsys, 2, more, "patience 1 has ended this run: raise it too")
+    fails(capsys, 2, more, "by patience 1 this run has ended: raise it too")
 
 
 def test_what_may_change_when_a_run_is_resumed(tmp_path, capsys):
