@@ -298,9 +298,9 @@ def begun(path: Path, config: LabConfig, images: str, device: str) -> dict[str, 
     """
     try:
         content = read_checkpoint(path)
-    except Failure:
+        there = content["config"].saved(), content["data"], content["made_with"]["device"]
+    except (Failure, KeyError):  # there is none, or it is damaged, or weights alone
         return None
-    there = content["config"].saved(), content.get("data"), content["made_with"]["device"]
     fits = there == (config.saved(), images, device)
     if fits and config.embedding == "fixed":
         models = LabState(config).model.state_dict(), content["model"]

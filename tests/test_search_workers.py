@@ -23,7 +23,7 @@ from PIL import Image
 from noprop_lab import dt
 from noprop_lab import search as hpo
 from noprop_lab.dt import DTConfig
-from noprop_lab.networks import LabState
+from noprop_lab.networks import LabState, weights_only
 from noprop_lab.settings import LabConfig, LabOptions
 
 
@@ -90,6 +90,8 @@ def test_a_final_run_goes_on_from_just_its_settings_images_and_kind_of_device(tm
     assert hpo.begun(path, config, "of these", "cpu") and not hpo.begun(path, config, "of others", "cpu")
     assert not hpo.begun(path, replace(config, lr=0.02), "of these", "cpu")
     assert not hpo.begun(path, config, "of these", "mps")
+    path.write_bytes(weights_only(path))
+    assert not hpo.begun(path, config, "of these", "cpu")
     fixed = replace(config, embedding="fixed")
     for embedding, fits in ((None, True), (torch.zeros(10, 20), False)):  # --embedding-from another
         LabState(fixed, embedding=embedding).save(path, "of these")
