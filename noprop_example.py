@@ -392,7 +392,7 @@ class Config(Checked):
     def faults(self):
         yield from super().faults()
         yield self.batch_size < 2, "batch_size must be at least 2"
-        yield self.eta_min > self.lr, f"eta_min must be lr ({self.lr}) at most, not {self.eta_min}"
+        yield self.eta_min > self.lr and self.schedule != "constant", f"eta_min must be at most lr, {self.lr}"
         yield self.ema_decay >= 1, f"ema_decay must be below 1, not {self.ema_decay}"
         for name in ("grad_clip", "max_norm_embed"):
             yield getattr(self, name) == 0, f"{name} 0 leaves nothing to learn by: for no limit take 1e9"
@@ -442,7 +442,7 @@ class Options(Checked):
             named = "hpo_" in field.name and getattr(self, field.name) != field.default
             yield named, f"{field.name} is of a search: leave it out"
         idle = ("output_dir", "checkpoint_minutes") if self.evaluate or self.predict else ()
-        for name in (*idle, "data_root") if self.predict else idle:
+        for name in (*idle, "data_root", "threads") if self.predict else idle:
             yield getattr(self, name) != getattr(type(self), name), f"{name} has no use here: leave it out"
 
     def checkpoint(self, config: Config) -> Path:
@@ -699,6 +699,7 @@ class State:
         vars(self).update((name, content["training"][name]) for name in self.POSITION)
         self.log, self.started = [row.to(self.device) for row in self.log], self.started - self.seconds
         self.selected = content["model"] if self.history else self.selected
+        self.by_average = content.get("by_average", False)
 
 
 def learning_rate(progress: float, config: Config) -> float:
@@ -735,8 +736,8 @@ def train_step(state, image, label, lr, parallel=map) -> dict:
     """A step of every part, on images (B, C, H, W) and labels (B,): {part: (loss, gradient norm)}."""
     steps = list(parallel(lambda t: train_block(state, t, image, label, lr), state.blocks))
     results = {name: pair for result, _ in steps for name, pair in result.items()}  # all blocks' in one
-    if state.config.learns_embedding:  # all that blocks share; its .grad is a view, see flatten()
-        state.model.label_embedding.weight.grad.copy_(sum(gradient for _, gradient in steps))
+    if gradients := [x for _, x in steps if x is not None]:  # of W, all that blocks share, if it is learned
+        state.model.label_embedding.weight.grad.copy_(sum(gradients))  # a view, see flatten()
         results["label_embedding"] = image.new_zeros(()), state.update("label_embedding", lr)
     return results
 
@@ -1007,11 +1008,10 @@ def caught_signals() -> Iterator[Callable[[], int]]:
             if len(received) > 1:  # `timeout` sends two; a third leaves at once, as it would without this
                 restore.close()
 
-        hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none, and nohup ignores it
-        ignored = signal.getsignal(hang_up) == signal.SIG_IGN
         with suppress(ValueError):  # in a thread
-            for number in {signal.SIGINT, signal.SIGTERM, hang_up} - ({hang_up} if ignored else set()):
-                restore.callback(signal.signal, number, signal.signal(number, note) or signal.SIG_DFL)
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background
+                    restore.callback(signal.signal, number, signal.signal(number, note) or signal.SIG_DFL)
         yield lambda: (received or [0])[0]
 
 
@@ -1182,7 +1182,7 @@ def print_trial(_study, trial) -> None:
 
 
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
-    """The Optuna study of these settings, whose first trial has them as given (0 where a scale takes it).
+    """The Optuna study of these settings, whose first trial has them as given.
 
     Its name is a digest of what is fixed and of suggest()'s text: other settings make another study.
     """
@@ -1195,12 +1195,13 @@ def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     spaces = probe.distributions
     if config.eta_min > (least := getattr(spaces.get("lr"), "low", math.inf)):
         raise Failure(f"eta_min must be at most {least}, the search's least lr, not {config.eta_min}")
+    first = {k: x for k, x in given.items() if k in spaces and x in getattr(spaces[k], "choices", [x])}
+    if zero := [k for k, x in first.items() if not x and getattr(spaces[k], "log", 0)]:  # has no logarithm
+        raise Failure(f"{zero[0]} 0 can't be searched, as its scale is logarithmic: see suggest()")
     fixed = {k: x for k, x in config.saved().items() if k not in searched} | spaces
     name = hashlib.sha256(repr((fixed, judged_by, source_of(suggest))).encode()).hexdigest()[:16]
     pruner = optuna.pruners.MedianPruner()  # learning curves keep their order: docs/search.md
     study = optuna.create_study(storage=storage, pruner=pruner, study_name=name, load_if_exists=True)
-    first = {k: x for k, x in given.items() if k in spaces and x in getattr(spaces[k], "choices", [x])}
-    first = {k: x for k, x in first.items() if x or not getattr(spaces[k], "log", 0)}  # 0 has no logarithm
     study.enqueue_trial(first, skip_if_exists=True)
     return study
 
@@ -1212,7 +1213,6 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
     load_data(config, options.data_root, device)  # what can't be read ends a search before it begins
     path = options.output_dir / "noprop_hpo.db"
-    url = URL.create("sqlite", database=str(path.resolve())).render_as_string()
     short = replace(config, epochs=options.hpo_epochs)
 
     def records(config: Config) -> Iterator:
@@ -1221,7 +1221,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
     with locked(options.output_dir), caught_signals() as signalled:
         try:
-            study = open_study(short, url, suggest)
+            study = open_study(short, str(URL.create("sqlite", database=str(path.resolve()))), suggest)
             running = study.get_trials(states=[TrialState.RUNNING])  # stopped or killed, but for the lab's
             for trial in (x for x in running if "worker" not in x.user_attrs):
                 study.tell(trial.number, state=TrialState.FAIL)
@@ -1231,7 +1231,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
                 study.optimize(objective, n_trials=1, callbacks=[print_trial])  # the lab's may work beside it
             complete = study.get_trials(states=[TrialState.COMPLETE])
         except Exception as error:  # where Optuna can't even write that a trial failed, its own hides this
-            known = "sqlalchemy|optuna|builtins: The runtime optuna version"  # modules, and one plain error
+            known = "sqlalchemy|optuna|builtins: (The runtime optuna version|'utf-8')"  # modules, and texts
             found = [x for x in (error, error.__context__) if re.match(known, f"{type(x).__module__}: {x}")]
             if not found:
                 raise
@@ -1258,6 +1258,8 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
 COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 SETTING = r"^    (?:# (.+)|(\w+): (?!ClassVar).+? = .+?  # (.+))$"  # a heading, or a field with its comment
+IDLE = {"patience": ("select", "last"), "eta_min": ("schedule", "constant")}  # has no effect beside what
+IDLE |= dict.fromkeys(("embed_wd", "max_norm_embed"), ("embedding", "fixed"))
 source_of = cache(inspect.getsource)
 
 
@@ -1269,7 +1271,7 @@ def argument(hint: Any, default: Any) -> dict[str, Any]:
         return {"choices": sorted(re.findall("'(.+?)'", str(hint)), key=lambda x: x != default)}
     kind = next((x for x in (Path, int, float) if x.__name__ in str(hint)), str)
     shown = kind.__name__.upper() if default in (None, ()) or kind is Path else str(default)
-    return {"type": kind, "metavar": shown, "nargs": "+" if "tuple" in str(hint) else None}
+    return dict(type=kind, metavar=shown) | (dict(nargs="+", action="extend") if "tuple" in str(hint) else {})
 
 
 def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", rest=None) -> dict[str, Any]:
@@ -1333,19 +1335,21 @@ def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, 
         file = json.loads(options.config.read_text(encoding="utf-8")) if options.config else {}
         file = file.get("config", file)
         own = base | {"epochs": Config.epochs}  # which a checkpoint may have otherwise
-        given = {k: x for k, x in (own | file).items() if getattr(Config, k) != own[k] or k in file} | given
+        wanted = {k: x for k, x in (own | file).items() if getattr(Config, k) != own[k] or k in file} | given
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Failure(f"cannot use the settings in {options.config}: {Failure(error)}") from error
     path = options.evaluate or [*options.predict, options.checkpoint(Config())][0]
+    content, free = None, ("epochs", "patience") if options.resume else ("temperature", "weights")
     if options.evaluate or options.predict or (options.resume and os.path.exists(path)):
-        free = ("epochs", "patience") if options.resume else ("temperature", "weights")
-        return over_checkpoint(content := read_checkpoint(path), given, free), options, content
-    if options.resume:
-        there = os.path.isdir(path.parent)  # False also for a name that can't be one
-        for other in path.parent.glob("noprop_[!h]*.pt") if there else ():
+        content = read_checkpoint(path)
+    elif options.resume:
+        for other in path.parent.glob("noprop_[!h]*.pt") if os.path.isdir(path.parent) else ():  # or no name
             raise Failure(f"{other.name} is not the script's: try python -m noprop_lab train --resume")
         say(f"Nothing to resume at {path}: starting from the beginning.")
-    return Config(**base | given), options, None
+    config = over_checkpoint(content, wanted, free) if content else Config(**base | wanted)
+    if idle := [x for x in given if x in IDLE and getattr(config, IDLE[x][0]) == IDLE[x][1]]:
+        raise Failure(f"{idle[0]} has no effect with {' '.join(IDLE[idle[0]])}: leave it out")
+    return config, options, content
 
 
 def print_accuracy(model: NoProp, test: Split, parallel: Callable) -> int:
@@ -1389,7 +1393,7 @@ def main(arguments: list[str] | None = None, execute: Callable[[list[str]], int]
     except (MemoryError, RuntimeError) as error:  # the latter's text tells, on a CPU
         if not re.search("MemoryError|not enough memory|out of memory|allocate memory", repr(error)):
             raise
-        say("error: out of memory: try a smaller --batch-size", file=sys.stderr)
+        say("error: out of memory (a new run may take a smaller --batch-size)", file=sys.stderr)
         return 1
     finally:
         say(end="")  # what is left goes out now, and where nobody reads it, without a complaint

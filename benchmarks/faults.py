@@ -197,6 +197,7 @@ def main() -> int:
     refuse_fewer(path := ROOT / "benchmarks/results/faults.json", "rounds", arguments.rounds)
     rng, table, disks = random.Random(arguments.seed), Counter(), max(1, arguments.rounds // 10)
     with tempfile.TemporaryDirectory() as name, tqdm(total=4 * arguments.rounds + disks, disable=None) as bar:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a run must not inherit that it is ignored
         process, _ = begin(Path(name))
         started = time.perf_counter()
         _, errors = process.communicate(timeout=300)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -85,13 +85,23 @@ def read_command_line(
     config = kind(**settings_of(options, given))
     idle = [x for x in given if x in config.idle and getattr(config, x) != getattr(kind, x)]
     idle += ["embedding_from"] if options.embedding_from and "embedding" in config.idle else []
-    if idle and not options.run_hpo:  # a search may propose what gives it an effect
-        raise Failure(f"{idle[0]} has no effect, as no label embedding is trained, or read: leave it out")
+    if idle and not (options.run_hpo and deciding()):  # a trial may have what gives it an effect
+        by, choice = noprop.IDLE.get(idle[0], ("", ""))
+        unread = "as no label embedding is trained, or read"
+        others = f"with {by} {choice}" if getattr(config, by, None) == choice else unread
+        raise Failure(f"{idle[0]} has no effect {others}: leave it out")
     if config.mirror and not config.augment:
         raise Failure("mirror is part of the augmentation: leave out no_augment")
     if len(config.classes) == 1:
         raise Failure("classes must be two at least")
     return config, options, None
+
+
+def deciding() -> Set[str]:
+    """The settings that a search proposes by which others have an effect, or none."""
+    from noprop_lab import search as hpo  # here: training takes no Optuna
+
+    return hpo.proposed() & hpo.DECIDING
 
 
 def checkpoint_of(options: LabOptions) -> Path:
@@ -160,10 +170,10 @@ def settings_of(options: LabOptions, flags: dict[str, Any], saved: LabConfig | N
 def over_checkpoint(options: LabOptions, content, path: Path, given: dict[str, Any], arguments: list[str]):
     """The config of a checkpoint, in which flags change what is free; Failure for what contradicts it."""
     saved, flags = content["config"], {x.split("=")[0] for x in arguments}
-    kind = options.named_objective or saved.objective
+    kind = options.objective or saved.objective
     if kind != saved.objective:
         raise Failure(f"--objective {kind} contradicts {path}, which has {saved.objective}: leave it out")
-    free = saved.FREE if options.evaluate or options.predict else ("epochs", "patience")
+    free = saved.FREE if options.evaluate or options.predict else {"epochs", "patience"} - saved.idle
     if isinstance(saved, WholeConfig):  # whose last bits depend on --threads
         if options.resume and "--threads" in flags and options.threads != saved.step_threads:
             there = f"which was trained with {saved.step_threads}: leave it out"

@@ -40,7 +40,7 @@ class BackpropConfig(WholeConfig):
         if self.target == "classes":
             return super().idle
         kind = {"embedding"} if self.embedding in ("learned", "fixed") else set()
-        return kind | {"embed_wd", "max_norm_embed", "embed_scale"}
+        return super().idle | kind | {"embed_wd", "max_norm_embed", "embed_scale"}
 
     def faults(self):
         other = self.weights != "learned" and (self.temperature or self.classify == "z")

@@ -51,7 +51,7 @@ def processes() -> Iterator[None]:
         yield
         return
     for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends again what the terminal has sent to all
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which caught_signals() leaves alone
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))

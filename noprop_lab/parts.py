@@ -106,6 +106,9 @@ def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list
         steps = ((x["training"]["step"], len(x["training"]["history"])) for x in (content, contents[0]))
         if not exchange and operator.ne(*steps):
             raise Failure(f"{path} and {paths[0]} were not trained equally long: --resume goes on")
+        rates = ([epoch["lr"] for epoch in x["training"]["history"]] for x in (content, contents[0]))
+        if not exchange and not np.allclose(*rates, rtol=1e-9, atol=0):
+            raise Failure(f"{path} and {paths[0]} had other learning rates: one began with fewer --epochs")
     for t in range(1, first.num_blocks + 1):
         pairs = list(zip(paths, configs, strict=True))[exchange:]
         files = [str(path) for path, config in pairs if t in config.own_blocks]

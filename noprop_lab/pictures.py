@@ -474,4 +474,7 @@ def light_on_dark(picture: Image.Image, size: int) -> np.ndarray:
     if picture.size == (size, size):
         return gray
     box = Image.fromarray(gray > 16).getbbox() or (0, 0, *picture.size)
-    return np.asarray(ImageOps.pad(Image.fromarray(gray).crop(box), (size, size)))
+    thing, canvas = Image.fromarray(gray).crop(box), Image.new("L", (size, size))
+    thing = thing.resize([max(1, round(size * side / max(thing.size))) for side in thing.size])
+    canvas.paste(thing, [round((size - side) / 2) for side in thing.size])
+    return np.asarray(canvas)

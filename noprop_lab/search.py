@@ -11,7 +11,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
@@ -34,18 +34,24 @@ from noprop_lab.settings import LabConfig, LabOptions, WholeConfig
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 LOCK = ".noprop_hpo.lock"  # among the workers that share an output folder
+DECIDING = {"embedding", "target", "select", "schedule"}  # by which others have an effect, or none
 READ = {"dataset", "image_size", "classes", "all_images", "train_images"}  # decide which images there are
 
 
 def url_of(options: LabOptions):
-    """The database: SQLite in the output folder, unless one is named. Raises Failure for no URL."""
+    """The database: SQLite in the output folder, unless one is named. Raises Failure for what is no URL."""
     try:
         if options.hpo_storage:
             return make_url(options.hpo_storage)
     except (ArgumentError, ValueError) as error:  # of a port that is no number
         shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
         raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
-    return URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
+    url = URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
+    try:
+        url.render_as_string()
+    except UnicodeEncodeError as error:
+        raise Failure(f"{options.output_dir}: a search takes a folder whose name is UTF-8", 1) from error
+    return url
 
 
 def run_again(study, trial) -> None:
@@ -98,16 +104,20 @@ def database_failures(where: str, code: int) -> Iterator[None]:
         raise Failure(f"{where}: {Failure(hidden.__cause__ or hidden)}", code) from error
 
 
+def proposed() -> Set[str]:
+    """The settings that the script's suggest() proposes."""
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    return noprop.suggest(optuna.create_study().ask()).keys()
+
+
 def space_of(config: LabConfig) -> Callable[[Any], dict[str, Any]]:
     """The script's search space, without the settings that an objective does not know, or that do nothing.
 
     Optuna is not asked for these: its sampler would model them, and its pictures show them. Raises Failure.
     """
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    names = noprop.suggest(optuna.create_study().ask()).keys()
-    if read := names & READ:
+    if read := (names := proposed()) & READ:
         raise Failure(f"suggest() can't propose {min(read)}: a search reads its images once")
-    by_trial = names & {"embedding", "target"}  # which decide what else is idle
+    by_trial = names & DECIDING
     idle = {*config.WITHOUT_EFFECT} | (set() if by_trial else config.idle)
 
     class Asked:

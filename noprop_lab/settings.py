@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from noprop_example import Checked, Config, Failure, Options
+from noprop_example import IDLE, Checked, Config, Failure, Options
 
 
 class Source(NamedTuple):
@@ -101,7 +101,8 @@ class LabConfig(Config):
     @property
     def idle(self) -> set[str]:
         """Settings that change nothing, given what the others are."""
-        return set() if self.learns_embedding else {"embed_wd", "max_norm_embed"}
+        found = {name for name, (by, choice) in IDLE.items() if getattr(self, by) == choice}
+        return found | (set() if self.learns_embedding else {"embed_wd", "max_norm_embed"})
 
     @property
     def source(self) -> Source:

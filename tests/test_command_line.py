@@ -103,7 +103,10 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--batch-size", "60000"], "--batch-size 60000 is more than the 55000 training images"),
         (["--lr", "-0.1"], "lr must be at least 0"),
         (["--lr", "nan"], "lr must be at least 0, and finite"),
-        (["--eta-min", "1"], "eta_min must be lr (0.014) at most"),
+        (["--eta-min", "1"], "eta_min must be at most lr, 0.014"),
+        (["--select=last", "--patience=3", "--data-root=/"], "patience has no effect with select last"),
+        (["--schedule=constant", "--eta-min=0", "--data-root=/"], "eta_min has no effect with schedule"),
+        (["--embedding=fixed", "--embed-wd=1", "--data-root=/"], "embed_wd has no effect with embedding"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
         (["--embed-dim", "1" + 18 * "0"], "embed_dim must be at least 1, and below 2^31"),
         (["--ema-decay", "1"], "ema_decay must be"),
@@ -391,15 +394,25 @@ def test_deterministic_is_asked_of_torch(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_hang_up_that_is_ignored_stays_ignored():
-    """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    """As under nohup, and where a shell has put the run into the background."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with noprop.caught_signals() as signalled:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(number)
             assert signalled() == 0
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_a_list_given_in_parts_is_one():
+    found = noprop.read_flags(["--predict", "n.pt", "a.png", "--predict", "b.png"], noprop.Options)
+    assert found["predict"] == tuple(map(Path, ("n.pt", "a.png", "b.png")))
+
+
+def test_a_constant_rate_may_be_below_what_it_does_not_end_at():
+    assert noprop.Config(schedule="constant", lr=1e-7).lr < noprop.Config.eta_min
 
 
 @pytest.mark.parametrize(("minutes", "saved"), [(10.0, 4), (1e-9, 6)])

@@ -75,6 +75,24 @@ def test_a_loss_of_two_methods_trains(small_data, tiny_state):
     assert same(state.model.state_dict(), tiny_state.model.state_dict())
 
 
+class Blind(TwoMethods):
+    """Another: it reads no label embedding."""
+
+    def block_loss(self, block, t, alpha_bar, image, label, W, draw):
+        z = draw("noise", (len(label), W.shape[1]))
+        u_hat = noprop.clean_label(z, block(image, z, 0.5, None), 0.5)
+        return u_hat.square().mean(), u_hat
+
+
+def test_a_loss_that_reads_no_label_embedding_leaves_it_as_it_is(training, batch):
+    before = copy.deepcopy(training.model.state_dict())
+    training.objective = Blind()
+    assert "label_embedding" not in noprop.train_step(training, *batch, 1e-3)
+    after = training.model.state_dict()
+    assert torch.equal(after["label_embedding.weight"], before["label_embedding.weight"])
+    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+
+
 class Frozen(noprop.DenoisingBlockPaper):
     """A block as a reader writes it, whose convolutions stay as they are."""
 

@@ -183,6 +183,8 @@ def test_a_data_sets_number_of_blocks_goes_with_its_block(flags, num_blocks, tmp
 
 def test_the_accurate_preset_is_what_was_measured_under_its_name():
     assert frontier.SMALLER_BATCHES.configs(3) == [LabConfig.accurate(seed=3)]
+    recipes = [replace(x, seed=3, num_blocks=4).saved() for x in frontier.PLAIN.configs(3)]
+    assert len(recipes) == 4 and all(x | LabConfig.accurate(seed=3).saved() == x for x in recipes)
 
 
 def test_a_written_number_of_dimensions_is_a_setting_only_where_it_was_chosen(tmp_path, capsys):
@@ -216,8 +218,8 @@ def test_the_twins_threads_are_a_setting_that_a_file_may_have(tmp_path):
 
 
 @pytest.mark.parametrize("main", [noprop.main, lab.main])
-def test_an_answer_takes_no_more_threads_than_are_given(main, tmp_path, monkeypatch):
-    """The script and the lab set them for a while: before and after there are two."""
+def test_an_answer_takes_one_thread(main, tmp_path, monkeypatch):
+    """The script and the lab set that for a while: before and after there are two."""
     path, threads = untrained(tmp_path), []
 
     def probabilities(_, images: torch.Tensor) -> torch.Tensor:
@@ -227,7 +229,7 @@ def test_an_answer_takes_no_more_threads_than_are_given(main, tmp_path, monkeypa
     monkeypatch.setattr(noprop.NoProp, "probabilities", probabilities)
     torch.set_num_threads(2)
     arguments = ["predict", str(path)] if main is lab.main else ["--predict", str(path)]
-    assert main([*arguments, str(ROOT / "docs/img/digits.jpg"), "--threads=1"]) == 0
+    assert main([*arguments, str(ROOT / "docs/img/digits.jpg")]) == 0
     assert threads == [1] and torch.get_num_threads() == 2
 
 
@@ -248,6 +250,29 @@ def test_flags_win_over_what_a_file_would_contradict_without_them(settings, flag
     assert settings.items() <= vars(lab.read_command_line("train", [f"--config={path}", flag])[0]).items()
     if "temperature" in settings:
         assert noprop.read_command_line([f"--config={path}", flag])[0].temperature == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "cosine", "eta_min": 1e-4},
+        {"select": "validation", "patience": 2},
+        {"embedding": "learned", "embed_wd": 0.1},
+    ],
+)
+def test_a_search_asks_for_what_another_of_its_settings_gives_an_effect(settings, monkeypatch):
+    config = LabConfig(schedule="constant", select="last", embedding="fixed")
+    monkeypatch.setattr(noprop, "suggest", lambda _: settings)
+    assert search.space_of(config)(optuna.trial.FixedTrial({})) == settings
+    monkeypatch.setattr(noprop, "suggest", lambda _: dict([[*settings.items()][1]]))
+    assert search.space_of(config)(optuna.trial.FixedTrial({})) == {}
+
+
+def test_patience_of_a_run_that_selects_the_last_epoch(tmp_path, capsys):
+    untrained(tmp_path, LabConfig(num_blocks=1, select="last"))
+    with pytest.raises(noprop.Failure, match="patience has no effect with select last"):
+        noprop.read_command_line(["--resume", "--patience=3", f"--output-dir={tmp_path}"])
+    refused(capsys, 2, ["train", "--resume", "--patience=3", f"--output-dir={tmp_path}"], "--patience 3")
 
 
 def test_a_search_leaves_out_what_an_objective_does_not_know_or_what_does_nothing():
@@ -295,10 +320,11 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("train --embed-scale 0", "embed_scale 0 makes all labels the same"),
         ("train --embedding-from F --embed-scale 2", "leave --embed-scale out"),
         ("train --objective cascade --embed-wd 0.1", "embed_wd has no effect on this objective"),
-        ("train --embedding fixed --embed-wd 0.1", "embed_wd has no effect, as"),
-        ("train --objective backprop --embed-scale 2", "embed_scale has no effect, as"),
-        ("train --objective backprop --embedding fixed", "embedding has no effect, as"),
-        ("train --objective backprop --embedding-from F", "embedding_from has no effect, as"),
+        ("train --embedding fixed --embed-wd 0.1", "embed_wd has no effect with embedding fixed"),
+        ("train --objective dt --select last --patience 3", "patience has no effect with select last"),
+        ("train --objective backprop --embed-scale 2", "embed_scale has no effect as no"),
+        ("train --objective backprop --embedding fixed", "embedding has no effect as no"),
+        ("train --objective backprop --embedding-from F", "embedding_from has no effect as no"),
         ("train --objective backprop --target classes --embedding fixed --embed-wd 0.1", "embed_wd has no"),
         ("search --no-run-hpo", "--run-hpo is a command: python -m noprop_lab search"),
         ("train --objective cascade --temperature 1", "temperature has no effect on this objective"),
@@ -338,6 +364,7 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("evaluate F --config ten.json", "--num-blocks 10 contradicts F, which has 3"),  # though a default
         ("evaluate F --blocks 1", "take all blocks, not 1 alone"),
         ("evaluate F --objective dt", "--objective dt contradicts F, which has hybrid"),
+        ("evaluate F --preset paper", "preset"),
         ("evaluate F --dataset kmnist", "--dataset kmnist contradicts F, which has mnist"),
         ("evaluate K --dataset mnist", "--dataset mnist contradicts K, which has kmnist"),
         ("evaluate F --resume", "choose one of"),
@@ -345,6 +372,8 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("predict", "--predict: expected at least one argument"),
         ("predict F", "a checkpoint and then at least one image file"),
         ("predict F none.png", "cannot read the image none.png"),
+        (f"predict F none.png --threads {noprop.Options.threads + 1}", "threads has no use here"),
+        ("search --select last --patience 3 --data-root=none", "patience has no effect with select last"),
         ("search --blocks 1 --embedding fixed", "take all blocks, not 1 alone"),
         ("search --embedding-from F", "--embedding-from is of training"),
         ("search --all-images --select last", "a search judges whole networks by validation images"),

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -377,8 +378,14 @@ def test_each_block_of_a_cascade_can_have_views_of_its_own(small_data):
         CascadeConfig(own_views=True, augment=False)
 
 
-@pytest.mark.parametrize("estimates", ["live", "averaged"])
-@pytest.mark.parametrize("hand_on", ["label", "both", "maps", "nothing"])
+def test_nothing_that_is_handed_on_has_no_estimates():
+    with pytest.raises(noprop.Failure, match="no effect where nothing is handed on"):
+        CascadeConfig(hand_on="nothing", estimates="averaged")
+
+
+@pytest.mark.parametrize(
+    ("hand_on", "estimates"), [*product(("label", "both", "maps"), ("live", "averaged")), ("nothing", "live")]
+)
 def test_a_cascade_in_bfloat16_hands_on_whatever_it_hands_on(hand_on, estimates, batch):
     config = CascadeConfig(**TINY, hand_on=hand_on, estimates=estimates, precision="bfloat16")
     results = cascade.train_step(LabState(config), *batch, 1e-3)

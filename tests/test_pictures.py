@@ -298,6 +298,13 @@ def test_clothes_come_light_on_dark(tmp_path, ground, shade):
     assert (image[1:-1, 11:17] > 40).all()
 
 
+@pytest.mark.parametrize("shape", [(10, 700), (700, 10)])
+def test_a_thing_as_thin_as_a_line_is_one_pixel_wide(tmp_path, shape):
+    Image.fromarray(np.pad(np.full(shape, 200, np.uint8), 20)).save(path := tmp_path / "belt.png")
+    [image] = read_picture(path, LabConfig(dataset="fashion_mnist"))
+    assert sorted((image > 100).sum(dim).amax() for dim in (0, 1)) == [1, 28]
+
+
 def test_an_image_of_fashion_mnist_is_taken_as_it_is(tmp_path):
     pixels = np.zeros((28, 28), np.uint8)
     pixels[3:20, 9:14] = 90

@@ -96,6 +96,7 @@ def test_three_steps_are_those_of_the_equations(name, embedding, data):
 @pytest.mark.parametrize("hand_on", ["features", "label", "both", "maps", "nothing"])
 def test_three_steps_of_a_cascade_are_those_of_the_equations(hand_on, ways, data):
     """As it is, and with all that can be varied."""
+    ways = ways | ({"estimates": "live"} if hand_on == "nothing" else {})
     settings = {name: x for name, x in SETTINGS.items() if name not in CascadeConfig.WITHOUT_EFFECT}
     state = LabState(config := CascadeConfig(**settings, hand_on=hand_on, **ways))
     slow = reference.CascadeTrainer(state.model.state_dict(), "cascade", False, True)

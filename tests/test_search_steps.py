@@ -1,6 +1,9 @@
 """The steps of a search, one by one: its space, its first trial, when a trial is pruned."""
 
 import math
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -8,6 +11,9 @@ import pytest
 from conftest import noprop
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FixedTrial, TrialState, create_trial
+
+from noprop_lab import search as hpo
+from noprop_lab.settings import LabOptions
 
 
 class Trial:
@@ -107,12 +113,22 @@ def test_a_study_of_the_same_settings_is_found_again_and_of_others_is_another(tm
 
     names = {noprop.open_study(noprop.Config(), url, x).study_name for x in (noprop.suggest, plain, turned)}
     assert len(names) == 3  # a constant is a setting too
-    without = noprop.open_study(noprop.Config(embed_wd=0.0, num_blocks=2), url, noprop.suggest)
-    assert len(without.trials[0].system_attrs["fixed_params"]) == 4  # a logarithmic range has no 0
+    with pytest.raises(noprop.Failure, match="embed_wd 0 can't be searched"):  # a logarithmic range has no 0
+        noprop.open_study(noprop.Config(embed_wd=0.0, num_blocks=2), url, noprop.suggest)
     with pytest.raises(noprop.Failure, match="eta_min must be at most 0.001"):
         noprop.open_study(noprop.Config(eta_min=0.01), url, noprop.suggest)
     with pytest.raises(noprop.Failure, match="no setting: speed"):
         noprop.open_study(noprop.Config(), url, lambda trial: {"speed": 1})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such name")
+def test_a_folder_whose_name_is_no_text(tmp_path, small_data, monkeypatch):
+    monkeypatch.setattr(noprop, "load_data", lambda *_: small_data)
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(noprop.Failure, match="codec can't encode"):
+        noprop.execute(["--run-hpo", f"--output-dir={folder}"])
+    with pytest.raises(noprop.Failure, match="whose name is UTF-8"):
+        hpo.url_of(LabOptions(output_dir=Path(folder)))
 
 
 @pytest.mark.slow

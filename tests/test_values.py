@@ -428,6 +428,9 @@ def test_the_blocks_average_answers_where_it_fits_validation_images_better(
     assert ("--evaluate and --predict answer by it" in printed) == by_average
     assert noprop.load(tmp_path / "noprop_hybrid.pt").by_average == by_average
     content = torch.load(tmp_path / "noprop_hybrid.pt", weights_only=True)
+    fresh = noprop.State(noprop.Config(num_blocks=3))  # which may be killed before it is decided anew
+    fresh.resume(noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt"), content["data"])
+    assert fresh.by_average == by_average
     other = noprop.Config(num_blocks=3, temperature=1.0, weights="ddpm")  # not what it was decided for
     assert not noprop.build(other, content=noprop.read_checkpoint(tmp_path / "noprop_hybrid.pt")).by_average
     del content["by_average"]  # as checkpoints were
