@@ -7,8 +7,9 @@
 
 The 15,000 other training images answer; no test image is read but by --final. Beside the chains stand plain
 CNNs of a block's size, one and several averaged. RULES were written before anything was measured; InfoBatch
-(noprop_lab/infobatch.py), small blocks for longer, and smaller batches, which are "accurate", came after it.
-Seconds are those of a CPU, a step's times the number of steps, wherever networks were trained.
+(noprop_lab/infobatch.py), small blocks for longer, and smaller batches, which are "accurate", came after it,
+then plain CNNs by that recipe. Seconds are those of a CPU, a step's times the number of steps, wherever
+networks were trained.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -92,10 +94,11 @@ FEWER_STEPS = [Setting("InfoBatch", "deep", T, n) for T, n in ((4, 13), (3, 46))
 SMALLER_BATCHES = Setting("NoProp", "deep", 4, 10, 256, 0.01)  # the recipe: of frontier-tried.json
 FASTER = Setting("InfoBatch", "small", 6, 12)  # instead of the default
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
+PLAIN = SMALLER_BATCHES._replace(way="CNN")  # the control of "accurate": its recipe, no noise, no chain
 SEEDS |= {TEN_DEEP: 14, SMALLER_BATCHES: 14, FASTER: 5, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
-TEST_SEEDS = 5
+TEST_SEEDS = SEEDS[PLAIN] = 5
 IN_SHORT = [FEWER[0], Setting("NoProp", "small", 6, 12), DEFAULT, LONGER, SMALLER_BATCHES, FEWER_STEPS[0]]
-IN_SHORT += [TEN_DEEP, RULES["best"][0], Setting("CNN", "small", 10, 12), Setting("CNN", "deep", 4, 12)]
+IN_SHORT += [TEN_DEEP, RULES["best"][0], Setting("CNN", "small", 10, 12), PLAIN]
 
 
 def read(path: Path):
@@ -155,17 +158,23 @@ def train(device: torch.device) -> None:
         keep(ROWS, rows)
 
 
+def side_by_side(networks: list[noprop.NoProp]) -> Callable[..., torch.Tensor]:
+    """What evaluate() takes for a network: of several, the logits of all, as of one with all their blocks."""
+    return lambda *arguments: torch.cat([network(*arguments) for network in networks], 1)
+
+
 def final(device: torch.device) -> None:
     """Train what is tested on 55,000 images, select on 5,000, and answer the test images."""
     data, rows = noprop.load_data(noprop.Config(), device=device), read(FINAL)
     for seed, setting in product(range(TEST_SEEDS), tested()):
         if (key := setting.key(seed)) in rows:
             continue
-        [config] = setting.configs(seed)
-        state = fit(replace(config, patience=config.epochs), data)
-        state.averaged.load_state_dict(state.selected)
-        found = noprop.evaluate(state.averaged, data.test, config)
-        found |= {"epoch": state.selected_epoch, "steps": state.step, "seconds": state.seconds}
+        states = [fit(replace(x, patience=x.epochs), data) for x in setting.configs(seed)]
+        for state in states:
+            state.averaged.load_state_dict(state.selected)
+        found = noprop.evaluate(side_by_side([x.averaged for x in states]), data.test, states[0].config)
+        found |= {"epochs": [x.selected_epoch for x in states], "steps": states[0].step}
+        found |= {"seconds": sum(x.seconds for x in states)}
         rows[key] = found | noprop.made_with(device)
         noprop.say(f"{key}: {found['accuracy'][-1]:.2f} %")
         keep(FINAL, rows)
@@ -198,7 +207,7 @@ def chosen(name: str) -> Setting:
 
 def tested() -> list[Setting]:
     """What answers the test images."""
-    return [*map(chosen, RULES), *FEWER_STEPS, SMALLER_BATCHES]
+    return [*map(chosen, RULES), *FEWER_STEPS, SMALLER_BATCHES, PLAIN]
 
 
 def rightly(setting: Setting, which: str = "alone") -> np.ndarray:
@@ -209,12 +218,22 @@ def rightly(setting: Setting, which: str = "alone") -> np.ndarray:
 
 
 def compared(one: Setting, other: Setting, which: str = "alone") -> str:
-    """Accuracy of one less the other's, with an interval over seeds and images, and a verdict."""
-    seeds = min(SEEDS[one], SEEDS[other])
-    rows = {"NoProp: one": rightly(one, which)[:seeds], "NoProp: other": rightly(other, which)[:seeds]}
-    drawn = intervals.resampled(rows, 0)
-    apart = drawn["NoProp: one"] - drawn["NoProp: other"]
-    return f"{intervals.interval(apart, 3)}, {intervals.verdict(apart, seeds)} ({seeds} seeds)"
+    """A line: accuracy of one less the other's, with an interval over seeds and images, and a verdict.
+
+    which: of the chain, or the mean of its blocks. CNNs are averaged; theirs are other seeds, not pairs.
+    """
+    plain, seeds = other.way == "CNN", min(SEEDS[one], SEEDS[other])
+    names = "NoProp", "CNNs" if plain else "NoProp: the other"
+    found = rightly(one, which), rightly(other, "mean" if plain else which)
+    kept = found if plain else [x[:seeds] for x in found]
+    drawn = intervals.resampled(dict(zip(names, kept, strict=True)), 0)
+    apart = drawn[names[0]] - drawn[names[1]]
+    ours = ", mean of blocks" * (which == "mean")
+    theirs = ", averaged" if plain else ours
+    cells = [f"{name_of(x)}, {x.epochs} epochs{how}" for x, how in ((one, ours), (other, theirs))]
+    counts = f"{SEEDS[one]} and {SEEDS[other]}" if plain else seeds
+    cells += [f"{intervals.interval(apart, 3)}, {intervals.verdict(apart, seeds)} ({counts} seeds)"]
+    return f"| {' | '.join(cells)} |"
 
 
 def seconds_of(setting: Setting, by_step: dict[str, float], rows: dict) -> float:
@@ -236,7 +255,8 @@ def report() -> int:
     """Print the table, put it into docs/speed.md, and draw the picture."""
     rows, by_step, final, on_test, table, line_of = read(ROWS), read(TIMES), read(FINAL), tested(), {}, {}
     needed = [(x.key(seed), rows) for x, n in SEEDS.items() for seed in range(n)]
-    needed += [(x.key(0), final) for x in on_test] + [(speed.PEAK, by_step)]
+    needed += [(x.key(0), final) for x in on_test]
+    needed += [(x, by_step) for x in (speed.PEAK, *(setting.untimed() for setting in SEEDS))]
     if missing := [key for key, kept in needed if key not in kept]:
         first = "run this without a flag, with --times and with --final first"
         raise SystemExit(f"error: {len(missing)} are not measured, such as {missing[0]}: {first}")
@@ -256,18 +276,17 @@ def report() -> int:
     pairs = [(x, DEFAULT) for x in [*QUICKER, *FEWER, FASTER]]
     deep = *RULES["accurate"], *RULES["best"], *FEWER_STEPS, LONGER, SMALLER_BATCHES
     pairs += [(x, TEN_DEEP) for x in deep]
-    for one, other in [*pairs, (FEWER_STEPS[1], chosen("best"))]:
-        names = [f"{name_of(x)}, {x.epochs} epochs" for x in (one, other)]
-        lines += [f"| {' | '.join(names)} | {compared(one, other)} |"]
-        if one == SMALLER_BATCHES:
-            names = [f"{name}, mean of blocks" for name in names]
-            lines += [f"| {' | '.join(names)} | {compared(one, other, 'mean')} |"]
+    pairs += [(FEWER_STEPS[1], chosen("best")), (SMALLER_BATCHES, PLAIN)]
+    lines += [compared(*pair) for pair in pairs]
+    lines += [compared(SMALLER_BATCHES, other, "mean") for other in (TEN_DEEP, PLAIN)]
     lines += ["", "</details>", ""]
-    lines += ["| on test images | accuracy | mean of blocks | seeds |", "|---|---|---|---|"]
+    columns = "on test images", "accuracy", "accuracy of the mean", "nll", "nll of the mean", "seeds"
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for setting in on_test:
         found = [final[key] for key in map(setting.key, range(TEST_SEEDS)) if key in final]
         text = [mean([x["accuracy"][-1] for x in found]), mean([x["accuracy_average"] for x in found])]
-        epochs = sorted({x["epoch"] for x in found})  # of which validation images have selected weights
+        text += [mean([x["loss"][-1] for x in found], 4), mean([x["loss_average"] for x in found], 4)]
+        epochs = sorted({x for row in found for x in row["epochs"]})  # whose weights validation images select
         title = f"{name_of(setting)}, {setting.epochs} epochs"
         title += f"; weights of epoch {' to '.join(map(str, epochs[:: len(epochs) - 1 or 1]))}"
         lines += [f"| {title} | {' | '.join(text)} | {len(found)} |"]
@@ -294,9 +313,10 @@ def draw(table: dict[Setting, list[float]]):
         alone, of_all, loss_alone, loss_of_all, seconds = np.array([table[x] for x in settings]).T
         way, block, count, *_ = settings[0]
         color = colormaps[maps[way, block]](0.35 + 0.06 * count)
-        marks = "s--" if way == "CNN" else "D" if settings[0].recipe else "o-"
+        recipe = settings[0].recipe
+        marks = ("P" if recipe else "s--") if way == "CNN" else "D" if recipe else "o-"
         lines = [(marks, name, seconds, 100 - of_all, loss_of_all)]
-        if way == "CNN":
+        if way == "CNN" and not recipe:
             lines.append(("v:", f"one CNN, {block}", seconds / count, 100 - alone, loss_alone))
         for style, label, x, *both in lines:
             for axes, y in zip((error, loss), both, strict=True):
