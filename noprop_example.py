@@ -1182,7 +1182,7 @@ def print_trial(_study, trial) -> None:
 
 
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
-    """The Optuna study of these settings, whose first trial has them as given.
+    """The Optuna study of these settings, whose first trial has them as given. Raises Failure.
 
     Its name is a digest of what is fixed and of suggest()'s text: other settings make another study.
     """

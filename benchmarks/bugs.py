@@ -661,7 +661,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (SCRIPT, "[x for _, x in steps if x is not None]", "[x for _, x in steps]"),
     (f"{LAB}/settings.py", "for name, (by, choice) in IDLE.items() if", "for name, (by, choice) in () if"),
     (f"{LAB}/search.py", "except UnicodeEncodeError as error", "except KeyError as error"),
-    (f"{LAB}/search.py", '"target", "select", "schedule"}', '"target"}'),
+    (f"{LAB}/search.py", ", *(by for by, _ in noprop.IDLE.values())}", ', "embedding"}'),
     (f"{LAB}/__main__.py", "(options.run_hpo and deciding())", "options.run_hpo"),
     (f"{LAB}/__main__.py", '{"epochs", "patience"} - saved.idle', '{"epochs", "patience"}'),
     (f"{LAB}/__main__.py", "kind = options.objective or", "kind = options.named_objective or"),

@@ -428,6 +428,11 @@ def is_digit(group, shape) -> bool:
     return thickest < 0.5 * max(height, width)
 
 
+def scaled(picture: Image.Image, size: int, way=Image.Resampling.BICUBIC) -> Image.Image:
+    """The picture with a longer side of so many pixels, and a shorter one of at least one."""
+    return picture.resize([max(1, round(size * side / max(picture.size))) for side in picture.size], way)
+
+
 def like_mnist(ink: np.ndarray, size: int = 20) -> np.ndarray:
     """Ink of a digit in its box as an image (28, 28), uint8: strokes not too thin, centred by mass."""
     from scipy import ndimage
@@ -450,9 +455,7 @@ def like_mnist(ink: np.ndarray, size: int = 20) -> np.ndarray:
         digit = np.clip(radius + 1 - away, 0, 1).astype(np.float32)
     digit = Image.fromarray(digit)
     digit = digit.crop(Image.fromarray(np.asarray(digit) > 0.25).getbbox())
-    digit = digit.resize(
-        [max(1, round(size * x / max(digit.size))) for x in digit.size], Image.Resampling.BOX
-    )
+    digit = scaled(digit, size, Image.Resampling.BOX)
     values, canvas = np.asarray(digit), np.zeros((28, 28), np.float32)
     y, x = ((values.sum(1 - axis) @ np.arange(n)) / values.sum() for axis, n in enumerate(values.shape))
     top, left = (int(np.clip(round(14 - c), 0, 28 - n)) for c, n in zip((y, x), values.shape, strict=True))
@@ -474,7 +477,6 @@ def light_on_dark(picture: Image.Image, size: int) -> np.ndarray:
     if picture.size == (size, size):
         return gray
     box = Image.fromarray(gray > 16).getbbox() or (0, 0, *picture.size)
-    thing, canvas = Image.fromarray(gray).crop(box), Image.new("L", (size, size))
-    thing = thing.resize([max(1, round(size * side / max(thing.size))) for side in thing.size])
+    thing, canvas = scaled(Image.fromarray(gray).crop(box), size), Image.new("L", (size, size))
     canvas.paste(thing, [round((size - side) / 2) for side in thing.size])
     return np.asarray(canvas)

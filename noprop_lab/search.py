@@ -34,7 +34,7 @@ from noprop_lab.settings import LabConfig, LabOptions, WholeConfig
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 LOCK = ".noprop_hpo.lock"  # among the workers that share an output folder
-DECIDING = {"embedding", "target", "select", "schedule"}  # by which others have an effect, or none
+DECIDING = {"target", *(by for by, _ in noprop.IDLE.values())}  # by which others have an effect, or none
 READ = {"dataset", "image_size", "classes", "all_images", "train_images"}  # decide which images there are
 
 

@@ -112,10 +112,8 @@ def test_parts_on_other_images_or_of_a_twin_or_of_other_blocks(parts, tmp_path, 
         (content["training"] if {"step", "history"} & {*change} else content).update(change)
         torch.save(content, tmp_path / "other.pt")
         refused(capsys, 2, [*command, files[0], str(tmp_path / "other.pt"), files[2]], word)
-    content = contents(Path(files[1]))
-    content["training"]["history"][0]["lr"] *= (
-        0.5  # as one that began with fewer epochs, and went on to these
-    )
+    content = contents(Path(files[1]))  # as one that began with fewer epochs, and went on to these
+    content["training"]["history"][0]["lr"] *= 0.5
     torch.save(content, tmp_path / "other.pt")
     refused(capsys, 2, [*command, files[0], str(tmp_path / "other.pt"), files[2]], "other learning rates")
     few = lab.load_data
