@@ -88,18 +88,15 @@ def report() -> int:
     ours = np.stack([x["chain"][None] for x in files])
     accuracies, losses, _ = measured(ours)
     steps = np.mean([x["steps"] for x in files])
-    columns = "", "steps", "accuracy", "nll", "InfoBatch less this, points"
+    columns = ("", "steps", "accuracy", "nll", "InfoBatch less this, points", frontier.WITHOUT)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cells = [f"{steps:.0f}", mean(accuracies), mean(losses, 4)]
-    lines.append(f"| InfoBatch, 12 epochs | {' | '.join(cells)} | |")
+    lines.append(f"| InfoBatch, 12 epochs | {' | '.join(cells)} | | |")
     for setting in (frontier.DEFAULT, *frontier.QUICKER):
         theirs = [rows[setting.key(seed)]["alone"] for seed in seeds]
-        kept = {"NoProp: theirs": frontier.rightly(setting)[seeds], "NoProp: ours": ours}
-        drawn = intervals.resampled(kept, 0)
-        apart = drawn["NoProp: ours"] - drawn["NoProp: theirs"]
         cells = [f"{setting.epochs * (45_000 // 512)}"]
         cells += [mean([x["accuracy"] for x in theirs]), mean([x["loss"] for x in theirs], 4)]
-        cells += [f"{intervals.interval(apart, 3)}, {intervals.verdict(apart, len(seeds))}"]
+        cells += frontier.apart(ours, frontier.rightly(setting)[seeds], paired=True)
         lines.append(f"| the default, {setting.epochs} epochs | {' | '.join(cells)} |")
     noprop.say(text := "\n".join([*lines, "", f"Seeds {', '.join(map(str, seeds))}."]))
     write("infobatch", text, "speed.md")

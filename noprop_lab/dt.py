@@ -63,7 +63,7 @@ class DTConfig(LabConfig):
 
 
 def paper_recipe(dataset: str, epochs: int | None = None) -> dict[str, Any]:
-    """What the paper's settings share; but for Adam with L2, where ours is AdamW. epochs: None: a chain's."""
+    """What the paper's settings share; for CT and FM it has Adam, here AdamW. epochs: None: a chain's."""
     epochs = epochs or (150 if "cifar" in dataset else 100)
     recipe = dict(epochs=epochs, patience=epochs, batch_size=128, block="paper", lr=1e-3, schedule="constant")
     recipe |= dict(ema_decay=0.0, augment=False, embed_wd=1e-3, max_norm_embed=1e9, grad_clip=1e9)

@@ -113,6 +113,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--grad-clip", "0"], "grad_clip 0 leaves nothing to learn by"),
         (["--max-norm-embed", "0"], "max_norm_embed 0 leaves nothing to learn by"),
         (["--ema-decay", "1.5"], "ema_decay must be"),
+        (["--train-images", "60000"], "--train-images 60000 is more than the 55000 training images"),
         (["--train-images", "100"], "--batch-size 512 is more than the 100 training images"),
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "both weights"),
         (["--temperature", "1"], "takes weights ddpm"),
