@@ -265,11 +265,11 @@ class NoProp(nn.Module):
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
 
-        images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark. Raises
-        ValueError for other shapes, types and values. With a temperature it draws what evaluate() draws.
+        images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark; of NumPy
+        too. ValueError for other shapes, types, values. With a temperature it draws what evaluate() draws.
         """
         logits, config = [], self.config
-        for i, batch in enumerate(self.batches(images)):
+        for i, batch in enumerate(self.batches(torch.as_tensor(images))):
             logits.append(self(batch, config.temperature, generator(config.seed, "inference", 500 * i)))
         found = torch.cat(logits).softmax(-1)
         if self.by_average:
@@ -325,7 +325,7 @@ class Failure(ValueError):
 
 @dataclass(frozen=True)
 class Checked:
-    """Settings of the types they say. Ints (but for the seed) are >= 1 and < 2^31, floats finite and >= 0."""
+    """Settings of the types they say. Ints (but for the seed) are >= 1 and < 2^31, floats >= 0 and <= 1e9."""
 
     def __post_init__(self):
         for wrong, fault in self.faults():
@@ -341,7 +341,7 @@ class Checked:
             except TypeCheckError as error:
                 yield True, f"{name} can't be {value!r}: {Failure(error)}"
             whole = kinds[name] in (int, int | None) and name != "seed"
-            least, most, limit = (1, 2**31 - 1, "below 2^31") if whole else (0, sys.float_info.max, "finite")
+            least, most, limit = (1, 2**31 - 1, "below 2^31") if whole else (0, 1e9, "at most 1e9")
             number = isinstance(value, int | float) and kinds[name] is not bool
             wrong = number and (isinstance(value, bool) or not least <= value <= most)
             yield wrong, f"{name} must be at least {least}, and {limit}, not {value}"
@@ -591,6 +591,7 @@ class State:
     POSITION = ("step", "lr", "seconds", "selected_epoch", "history", "log")
     # 1 - decay of the moving average; the decay grows, (1+k)/(10+k) after k steps, until it is ema_decay
     fresh = property(lambda self: 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+    loss = property(lambda self: type(self.objective).__name__.removeprefix("Lab"))  # LabHybrid is Hybrid
 
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
         self.config, self.device, self.by_average = config, device, False
@@ -677,7 +678,7 @@ class State:
         """Write the checkpoint. Raises Failure (1), or FloatingPointError for what is not finite."""
         check_finite(self)
         training = {name: getattr(self, name) for name in self.POSITION}
-        training["parts"] = {name: self.part_state(name) for name in self.parts}
+        training |= {"parts": {name: self.part_state(name) for name in self.parts}, "loss": self.loss}
         content = {"format": FORMAT, "objective": self.config.objective, "config": self.config.saved()}
         content |= {"model": self.selected, "by_average": self.by_average, "training": training}
         torch.save(content | {"data": digest, "made_with": made_with(self.device)}, file := io.BytesIO())
@@ -688,6 +689,8 @@ class State:
         path = content["path"]
         if not {"parts", *self.POSITION} <= content.get("training", {}).keys():
             raise Failure(f"{path} holds weights alone, to evaluate and predict with: train anew")
+        if (loss := content["training"].get("loss", self.loss)) != self.loss:  # a user's own
+            raise Failure(f"{path} was trained by {loss}, which this, by {self.loss}, can't go on with")
         if content["data"] != digest:
             raise Failure(f"the images are not those that {path} was trained on: bring them back")
         if (content["made_with"]["device"] in CHANNELS_LAST) != (self.device.type in CHANNELS_LAST):
@@ -1212,8 +1215,7 @@ def search(config: Config, options: Options, device: torch.device) -> int:
     from sqlalchemy import URL
 
     load_data(config, options.data_root, device)  # what can't be read ends a search before it begins
-    path = options.output_dir / "noprop_hpo.db"
-    short = replace(config, epochs=options.hpo_epochs)
+    path, short = options.output_dir / "noprop_hpo.db", replace(config, epochs=options.hpo_epochs)
 
     def records(config: Config) -> Iterator:
         data = load_data(config, options.data_root, device)._replace(test=None)  # augment may be searched too
@@ -1256,7 +1258,6 @@ def search(config: Config, options: Options, device: torch.device) -> int:
 
 # --- Main --------------------------------------------------------------------------------------------------
 
-COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 SETTING = r"^    (?:# (.+)|(\w+): (?!ClassVar).+? = .+?  # (.+))$"  # a heading, or a field with its comment
 IDLE = {"patience": ("select", "last"), "eta_min": ("schedule", "constant")}  # has no effect beside what
 IDLE |= dict.fromkeys(("embed_wd", "max_norm_embed"), ("embedding", "fixed"))
@@ -1282,8 +1283,7 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
     """
 
     def fail(message: str) -> None:
-        command = next((COMMANDS[x] for x in (x.split("=")[0] for x in arguments) if x in COMMANDS), "train")
-        lab = f", or python -m noprop_lab {command} --help" * (prog == "noprop_example.py")
+        lab = ", or python -m noprop_lab --help" * (prog == "noprop_example.py")
         raise Failure(f"{message}: see --help{lab}")
 
     about = "NoProp, see README.md. Flags are shown with defaults; of choices, the first is the default."

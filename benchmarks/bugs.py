@@ -694,6 +694,18 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/parts.py", '("classifier_loss", "seconds")', '("classifier_loss",)'),
     (f"{LAB}/data.py", "if parallel.rank_and_size()[0] == 0:", 'if os.environ.get("RANK", "0") == "0":'),
     (f"{LAB}/data.py", "if not config.classes:", "if False:"),
+    (SCRIPT, '.get("loss", self.loss)) != self.loss:', '.get("loss", self.loss)) is None:'),
+    (SCRIPT, '("train-images", config.train_images or 0), ', ""),
+    (SCRIPT, '(0, 1e9, "at most 1e9")', '(0, sys.float_info.max, "at most 1e9")'),
+    (SCRIPT, "self.batches(torch.as_tensor(images))", "self.batches(images)"),
+    (SCRIPT, 'self.history if self.config.select == "validation" else []', "self.history"),
+    (f"{LAB}/parts.py", "if len(paths) == 1 and not configs[0].blocks:", "if len(paths) == 1:"),
+    (f"{LAB}/settings.py", "yield self.step_threads > 1024, fault", "yield False, fault"),
+    (f"{LAB}/settings.py", "not 28 <= self.image_size <= 1024", "self.image_size < 28"),
+    (f"{LAB}/search.py", '(None, "", ":memory:")', "()"),
+    (f"{LAB}/search.py", '"tight" if alone else "constrained"', '"constrained"'),
+    (f"{LAB}/pictures.py", '"L" if channels == 1 else "RGB"', '"RGB"'),
+    (f"{LAB}/data.py", '" ".join(str(error).split())', "str(Failure(error))"),
 ]
 
 PARALLEL = [

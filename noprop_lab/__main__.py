@@ -34,6 +34,7 @@ from noprop_lab.networks import (
 from noprop_lab.pictures import asked, read_pictures
 from noprop_lab.settings import SOURCES, DemoOptions, LabConfig, LabOptions, WholeConfig
 
+COMMANDS = {"--evaluate": "evaluate", "--predict": "predict", "--merge": "merge", "--run-hpo": "search"}
 USAGE = """usage: python -m noprop_lab COMMAND ...
 
     train [flags]                     train; under torchrun, blocks are spread over its processes
@@ -362,8 +363,8 @@ def execute(arguments: list[str]) -> int:
         return 0 if helps else 2
     with parallel.processes(), told_once():
         named = {x.split("=")[0].replace("_", "-").replace("--no-", "--") for x in rest}
-        for flag in named & noprop.COMMANDS.keys():
-            raise Failure(f"{flag} is a command: python -m noprop_lab {noprop.COMMANDS[flag]} ...")
+        for flag in named & COMMANDS.keys():
+            raise Failure(f"{flag} is a command: python -m noprop_lab {COMMANDS[flag]} ...")
         if parallel.rank_and_size()[1] > 1 and command != "train":
             raise Failure("torchrun is for training: start this without it")
         if command == "merge":

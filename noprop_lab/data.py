@@ -119,8 +119,9 @@ def download(name: str, root: Path, otherwise: str) -> list:
         with FileLock(Path(tempfile.gettempdir()) / f"noprop_{name}_{user()}.lock"):  # others wait
             return [getattr(datasets, name)(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        bad = f"{root} has no good {name}, which can't be downloaded ({Failure(error)})"
-        raise Failure(f"{bad}: {otherwise}") from error
+        why = " ".join(str(error).split())  # torchvision's reasons stand in lines of their own
+        bad = f"{root} has no good {name}, which can't be downloaded ({why or repr(error)})"
+        raise Failure(f"{bad}: {otherwise}, or see --data-root") from error
 
 
 def read_cifar(root: Path, name: str) -> tuple[Split, Split]:
@@ -200,7 +201,7 @@ def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -
             found += [(x, label) for x in good]
             skipped += [x for x in paths if x not in good] + [Path(place, x) for x in folders if hidden(x)]
         if len(found) == before:
-            raise Failure(f"cannot read the pictures in {folder}: it has none of class {name}")
+            raise Failure(f"no pictures in {folder}: it has none of class {name}, see --data-root")
     return found
 
 

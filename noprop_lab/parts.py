@@ -35,10 +35,12 @@ def merge(paths: list[Path], options: Options, load_data, device: torch.device) 
 
     Where the first file is a whole network, later ones take the place of its blocks.
     """
-    if len(paths) < 2:
-        raise Failure("merge takes two checkpoints at least")
+    if not paths:
+        raise Failure("merge takes the checkpoints of parts")
     contents = [read_checkpoint(path) for path in paths]
     configs = [content["config"] for content in contents]
+    if len(paths) == 1 and not configs[0].blocks:
+        raise Failure(f"{paths[0]} is a whole network: merge takes two checkpoints at least, or parts")
     for config in configs:
         if isinstance(config, WholeConfig | CascadeConfig):
             raise Failure(f"{config.together}: there is nothing to merge")

@@ -41,7 +41,8 @@ def read_picture(path: Path, config: LabConfig) -> Tensor:
     picture = open_upright(path, max(size))
     if config.dataset == "fashion_mnist":
         return torch.from_numpy(light_on_dark(picture, size[0]).copy()).unsqueeze(0)
-    fitted = np.array(ImageOps.fit(on_white(picture).convert("RGB"), size[::-1]))
+    colours = on_white(picture).convert("L" if channels == 1 else "RGB")
+    fitted = np.array(ImageOps.fit(colours, size[::-1]))
     return torch.from_numpy(fitted).view(*size, channels).permute(2, 0, 1)
 
 

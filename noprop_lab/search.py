@@ -42,7 +42,10 @@ def url_of(options: LabOptions):
     """The database: SQLite in the output folder, unless one is named. Raises Failure for what is no URL."""
     try:
         if options.hpo_storage:
-            return make_url(options.hpo_storage)
+            url = make_url(options.hpo_storage)
+            if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+                raise Failure("--hpo-storage sqlite names no file: as in sqlite:///FILE")
+            return url
     except (ArgumentError, ValueError) as error:  # of a port that is no number
         shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
         raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
@@ -164,7 +167,8 @@ def draw_search(search: Worker, what: str):
             for x in axes:
                 x.set_yscale("log")
     figure = axes[0].figure
-    figure.set_layout_engine("constrained")  # Optuna's own cuts long names off
+    alone = what == "slices" and len(axes) == 1  # beside a colour bar: constrained would divide by zero
+    figure.set_layout_engine("tight" if alone else "constrained")  # Optuna's own cuts long names off
     pyplot.close(figure)  # it would be kept for a window
     return figure
 

@@ -74,7 +74,8 @@ class LabConfig(Config):
         fault = f"embedding {self.embedding} has {self.dim} dimensions: leave embed_dim out"
         yield self.embed_dim not in (None, self.dim), fault
         yield self.embed_scale == 0, "embed_scale 0 makes all labels the same"
-        yield self.image_size < 28, f"image_size must be at least 28, not {self.image_size}"
+        fault = f"image_size must be at least 28, and at most 1024, not {self.image_size}"
+        yield not 28 <= self.image_size <= 1024, fault
         other, twice = self.dataset != "folder", len(set(self.classes)) < len(self.classes)
         fault = "image_size is of dataset folder: the others have a size of their own"
         yield other and self.image_size != LabConfig.image_size, fault
@@ -163,6 +164,11 @@ class WholeConfig(LabConfig):
     step_threads: int = torch.get_num_threads()  # that share one step on a CPU: its last bits depend on them
 
     together = property(lambda self: f"{self.objective} trains one network as a whole")
+
+    def faults(self):
+        yield from super().faults()
+        fault = f"threads must be at most 1024 here, where they share each step, not {self.step_threads}"
+        yield self.step_threads > 1024, fault
 
     def threads_of_step(self, device: torch.device):
         """On a CPU, let step_threads share what is inside."""

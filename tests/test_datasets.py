@@ -138,12 +138,13 @@ def test_a_data_set_that_is_absent_and_offline_tells_where_to_put_it(tmp_path, c
     import urllib.request
 
     def offline(*_, **__):
-        raise OSError("no network")
+        raise OSError("no\n network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     words = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
     file = words.get(dataset, "train-images-idx3-ubyte.gz")
-    refused(capsys, 2, ["train", *small(dataset, tmp_path, tmp_path / "out")], "can't be downloaded", file)
+    words = "can't be downloaded", "no network", file, "see --data-root"
+    refused(capsys, 2, ["train", *small(dataset, tmp_path, tmp_path / "out")], *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -225,6 +226,13 @@ def test_pictures_of_a_data_set_in_colour_keep_it(tmp_path):
     assert fashion.shape == (1, 28, 28) and len(fashion.unique()) >= 2
     Image.fromarray(np.full((50, 50), 130, np.uint8)).save(path := tmp_path / "grey.png")
     assert (read_picture(path, cifar) == 130).all()
+
+
+def test_pictures_of_a_grey_data_set_of_ones_own_become_grey(tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "kmnist", SOURCES["kmnist"]._replace(shape=(1, 40, 32)))
+    Image.new("RGB", (64, 80), (0, 255, 0)).save(path := tmp_path / "green.png")
+    image = read_picture(path, LabConfig(dataset="kmnist"))
+    assert image.shape == (1, 40, 32) and (image == 150).all()  # of green, as ITU-R 601 has it
 
 
 # --- Folders of pictures -----------------------------------------------------------------------------------
@@ -378,7 +386,7 @@ def test_a_path_is_no_class(layout, tmp_path, capsys):
         blue_and_red(tmp_path / part, images=20)
     flags = ["train", "--dataset=folder", f"--data-root={tmp_path}", f"--output-dir={tmp_path / 'out'}"]
     for name in (tmp_path / layout / "blue", "../train/blue", "."):
-        refused(capsys, 2, [*flags, "--classes", str(name), "red"], "it has none of class")
+        refused(capsys, 2, [*flags, "--classes", str(name), "red"], "it has none of class", "--data-root")
     for name in (5, ["blue"], {}):
         (tmp_path / "some.json").write_text(json.dumps({"dataset": "folder", "classes": ["red", name]}))
         refused(capsys, 2, [*flags, f"--config={tmp_path / 'some.json'}"], f"classes can't be ('red', {name}")

@@ -68,10 +68,10 @@ COMMANDS = {  # what they mean
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_flag_of_the_labs_is_refused_with_its_command(line, capsys):
+def test_a_flag_of_the_labs_is_refused_by_the_script(line, capsys):
     command, arguments = line.split(" ", 1)
     ours = {"train": "", "search": "--run-hpo "}.get(command, f"--{command} ")
-    refused(capsys, 2, (ours + arguments).split(), f"python -m noprop_lab {command} --help", main=noprop.main)
+    refused(capsys, 2, (ours + arguments).split(), "or python -m noprop_lab --help", main=noprop.main)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -105,7 +105,7 @@ def test_the_paper_s_preset_names_the_run_that_is_resumed(tmp_path, capsys):
 
 
 def test_merge_gets_its_files(monkeypatch, capsys, tmp_path):
-    refused(capsys, 2, ["--merge", "a.pt"], "python -m noprop_lab merge --help", main=noprop.main)
+    refused(capsys, 2, ["--merge", "a.pt"], "or python -m noprop_lab --help", main=noprop.main)
     given = []
     monkeypatch.setattr(parts, "merge", lambda paths, options, *_: given.append((paths, options)) or 0)
     assert lab.main(["merge", "a.pt", "b.pt", f"--output-dir={tmp_path}"]) == 0
@@ -348,6 +348,9 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("weights F none/x.pt", "there is no folder none"),
         ("merge a b --checkpoint-minutes 1", "merge takes no --checkpoint-minutes"),
         ("train --image-size 20", "image_size must be at least 28"),
+        ("train --dataset folder --classes a b --image-size 1025", "image_size must be at least 28, and at"),
+        ("train --objective ct --threads 1025", "threads must be at most 1024 here"),
+        ("train --objective backprop --threads 1025", "threads must be at most 1024 here"),
         ("train --image-size 64", "image_size is of dataset folder"),
         ("train --evaluate F", "--evaluate is a command: python -m noprop_lab evaluate"),
         ("train --predict=F a.png", "--predict is a command: python -m noprop_lab predict"),
@@ -378,8 +381,8 @@ def two_networks(tmp_path_factory) -> list[Path]:
         ("search --embedding-from F", "--embedding-from is of training"),
         ("search --all-images --select last", "a search judges whole networks by validation images"),
         ("search --config part.json", "a search judges whole networks by validation images"),
-        ("merge", "merge takes two checkpoints at least"),
-        ("merge F", "merge takes two checkpoints at least"),
+        ("merge", "merge takes the checkpoints of parts"),
+        ("merge F", "F is a whole network: merge takes two checkpoints at least"),
         ("merge a b --threads x", "--threads: invalid int value: 'x': see --help\n"),
         ("demo --bogus 1", "--bogus is no flag here: see --help\n"),
         ("evaluate K --config set.json", "--dataset mnist contradicts K, which has kmnist"),

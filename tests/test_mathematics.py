@@ -146,3 +146,8 @@ def test_images_that_are_none_are_refused(images):
     for ask in (model.predict, model.probabilities):
         with pytest.raises(ValueError, match="images"):
             ask(images)
+
+
+def test_images_of_numpy_are_taken():
+    images = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
+    assert torch.equal(network(1).predict(images.numpy()), network(1).predict(images))

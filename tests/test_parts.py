@@ -59,6 +59,14 @@ def test_blocks_trained_alone_and_merged_equal_the_whole(parts, tmp_path, names)
     assert same(contents(tmp_path / "noprop_hybrid.1.pt")["model"], merged["model"])
 
 
+def test_a_part_of_all_blocks_is_merged_alone(parts, tmp_path, capsys):
+    with quick_lab():
+        assert lab.main(["train", *flags_of(tmp_path / "all", FIXED, "--blocks=1-3")]) == 0
+        assert merge(tmp_path / "all", into=tmp_path) == 0
+    assert same(checkpoint(tmp_path)["model"], checkpoint(parts / "whole")["model"])
+    assert merge(parts / "1", into=tmp_path) == 2 and "no file has block 2" in capsys.readouterr().err
+
+
 def test_a_part_that_was_stopped_is_not_said_to_be_ready(parts, capsys):
     there = read_checkpoint(parts / "1" / "noprop_hybrid.pt")
     state, options = LabState(there["config"]), LabOptions(output_dir=parts / "1")

@@ -94,6 +94,21 @@ def test_a_finished_run_is_drawn_again_and_can_be_prolonged(tmp_path, capsys):
     assert "Nothing to resume" in capsys.readouterr().out
 
 
+class L1(noprop.Hybrid):
+    """A user's own loss."""
+
+
+def test_a_run_by_a_loss_of_ones_own_does_not_go_on_with_another(data, tmp_path, capsys):
+    config, options = noprop.Config(**TINY), noprop.Options(output_dir=tmp_path)
+    noprop.State(config, objective=L1()).save(path := options.checkpoint(config), data.digest())
+    noprop.State(config, objective=L1()).resume(noprop.read_checkpoint(path), data.digest())
+    with pytest.raises(noprop.Failure, match="was trained by L1, which this, by Hybrid, can't"):
+        noprop.State(config).resume(noprop.read_checkpoint(path), data.digest())
+    made = noprop.read_checkpoint(path)
+    del made["training"]["loss"]  # as a version before has it
+    noprop.State(config).resume(made, data.digest())
+
+
 def test_more_epochs_for_a_run_that_patience_has_ended_take_more_patience(tmp_path, capsys):
     state = noprop.State(config := noprop.Config(**TINY | {"epochs": 9, "patience": 1}))
     for epoch, accuracy in ((1, 50.0), (2, 40.0)):

@@ -1,5 +1,6 @@
 """Several workers of a search: what they share, what survives of one that dies, and bad databases."""
 
+import io
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -103,6 +105,16 @@ def test_a_picture_that_fails_is_exit_code_1(tmp_path, monkeypatch):
     monkeypatch.setattr(hpo, "draw_search", lambda *_: 1 / 0)
     more = ["--hpo-trials=1", "--hpo-epochs=1", "--no-hpo-final-run", "--threads=1"]
     assert lab.main(["search", *flags_of(tmp_path, *more)]) == 1
+
+
+@pytest.mark.parametrize("names", [["lr"], ["lr", "eta_loss_weight"]])
+def test_slices_of_one_setting_and_of_several_are_drawn(names):
+    study = optuna.create_study()
+    study.optimize(lambda trial: sum(trial.suggest_float(x, 0.1, 1, log=True) for x in names), n_trials=2)
+    worker = SimpleNamespace(study=study, options=LabOptions())
+    figure = hpo.draw_search(worker, "slices")
+    figure.savefig(io.BytesIO())
+    assert len(figure.axes) == len(names) + 1  # and the colour bar
 
 
 @pytest.mark.draws
@@ -402,6 +414,8 @@ def test_a_trial_without_a_sign_of_life_is_run_again_and_its_worker_goes_on_with
     ("url", "word", "code"),
     [
         ("postgresql+psycopg2://user:secret@127.0.0.1:9/x", "user:***@127.0.0.1:9/x", 2),
+        ("sqlite://", "--hpo-storage sqlite names no file: as in sqlite:///FILE", 2),
+        ("sqlite:///:memory:", "--hpo-storage sqlite names no file", 2),
         ("nonsense", "--hpo-storage is no URL of a database: nonsense", 2),
         ("oracle://x", "oracle", 1),  # whose driver is not installed
         ("nothing://x", "nothing", 2),
