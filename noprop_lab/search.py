@@ -40,15 +40,15 @@ READ = {"dataset", "image_size", "classes", "all_images", "train_images"}  # dec
 
 def url_of(options: LabOptions):
     """The database: SQLite in the output folder, unless one is named. Raises Failure for what is no URL."""
-    try:
-        if options.hpo_storage:
+    if options.hpo_storage:
+        try:
             url = make_url(options.hpo_storage)
-            if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
-                raise Failure("--hpo-storage sqlite names no file: as in sqlite:///FILE")
-            return url
-    except (ArgumentError, ValueError) as error:  # of a port that is no number
-        shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
-        raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
+        except (ArgumentError, ValueError) as error:  # of a port that is no number
+            shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
+            raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
+        if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
+            raise Failure(f"--hpo-storage {options.hpo_storage} names no file: take sqlite:///FILE")
+        return url
     url = URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
     try:
         url.render_as_string()

@@ -336,11 +336,11 @@ def test_bad_folders(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "x" / name).mkdir(parents=True)
     root = f"--data-root={tmp_path / 'x'}"
-    refused(capsys, 2, [*flags, root], "cannot read the pictures")
+    refused(capsys, 2, [*flags, root], "it has none of class a")
     for i in range(99):
         (tmp_path / "x" / "ab"[i % 2] / f"{i}.png").write_text("no picture")
     refused(capsys, 2, [*flags, root], "cannot read the image", ".png")
-    refused(capsys, 2, [*flags, root, "--classes", "a", "c"], "cannot read the pictures")
+    refused(capsys, 2, [*flags, root, "--classes", "a", "c"], "it has none of class c")
     for path in (tmp_path / "x").glob("*/[1-9]?.png"):
         path.unlink()
     refused(capsys, 2, [*flags, root], "has too few pictures")

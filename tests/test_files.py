@@ -32,7 +32,7 @@ def test_a_checkpoint_holds_what_its_readers_need(checkpoint):
     assert content["data"] == "digest of the data" and content["made_with"] == noprop.made_with(CPU)
     assert same(content["model"], state.averaged.state_dict())
     assert content["made_with"]["torch"] == str(torch.__version__)
-    assert content["training"].keys() == {*noprop.State.POSITION, "parts"}
+    assert content["training"].keys() == {*noprop.State.POSITION, "parts", "loss"}
     model = noprop.load(path)
     assert same(model.state_dict(), state.averaged.state_dict()) and not model.training
     assert noprop.load(path, "meta").classifier.weight.is_meta
