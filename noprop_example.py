@@ -591,7 +591,7 @@ class State:
     POSITION = ("step", "lr", "seconds", "selected_epoch", "history", "log")
     # 1 - decay of the moving average; the decay grows, (1+k)/(10+k) after k steps, until it is ema_decay
     fresh = property(lambda self: 1 - min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
-    loss = property(lambda self: type(self.objective).__name__.removeprefix("Lab"))  # LabHybrid is Hybrid
+    loss_name = property(lambda self: type(self.objective).__name__.removeprefix("Lab"))  # LabHybrid: Hybrid
 
     def __init__(self, config: Config, device: torch.device = CPU, model=None, objective=None):
         self.config, self.device, self.by_average = config, device, False
@@ -678,7 +678,7 @@ class State:
         """Write the checkpoint. Raises Failure (1), or FloatingPointError for what is not finite."""
         check_finite(self)
         training = {name: getattr(self, name) for name in self.POSITION}
-        training |= {"parts": {name: self.part_state(name) for name in self.parts}, "loss": self.loss}
+        training |= {"parts": {name: self.part_state(name) for name in self.parts}, "loss": self.loss_name}
         content = {"format": FORMAT, "objective": self.config.objective, "config": self.config.saved()}
         content |= {"model": self.selected, "by_average": self.by_average, "training": training}
         torch.save(content | {"data": digest, "made_with": made_with(self.device)}, file := io.BytesIO())
@@ -689,8 +689,8 @@ class State:
         path = content["path"]
         if not {"parts", *self.POSITION} <= content.get("training", {}).keys():
             raise Failure(f"{path} holds weights alone, to evaluate and predict with: train anew")
-        if (loss := content["training"].get("loss", self.loss)) != self.loss:  # a user's own
-            raise Failure(f"{path} was trained by {loss}, which this, by {self.loss}, can't go on with")
+        if (loss := content["training"].get("loss", self.loss_name)) != self.loss_name:  # a user's own
+            raise Failure(f"{path} was trained by the loss {loss}: {self.loss_name} can't go on with it")
         if content["data"] != digest:
             raise Failure(f"the images are not those that {path} was trained on: bring them back")
         if (content["made_with"]["device"] in CHANNELS_LAST) != (self.device.type in CHANNELS_LAST):
@@ -1030,7 +1030,7 @@ def pick_device(options: Options) -> torch.device:
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         code = 2 if "evice string" in str(error) else 1  # a name that there is not; a machine without it
-        raise Failure(f"--device {name} can't be used here (cpu can): {Failure(error)}", code) from error
+        raise Failure(f"--device {name} can't be used (cpu can): {Failure(error)!s:.200}", code) from error
 
 
 def made_with(device: torch.device) -> dict[str, str]:

@@ -694,7 +694,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/parts.py", '("classifier_loss", "seconds")', '("classifier_loss",)'),
     (f"{LAB}/data.py", "if parallel.rank_and_size()[0] == 0:", 'if os.environ.get("RANK", "0") == "0":'),
     (f"{LAB}/data.py", "if not config.classes:", "if False:"),
-    (SCRIPT, '.get("loss", self.loss)) != self.loss:', '.get("loss", self.loss)) is None:'),
+    (SCRIPT, '.get("loss", self.loss_name)) != self.loss_name:', '.get("loss", self.loss_name)) is None:'),
     (SCRIPT, '("train-images", config.train_images or 0), ', ""),
     (SCRIPT, '(0, 1e9, "at most 1e9")', '(0, sys.float_info.max, "at most 1e9")'),
     (SCRIPT, "self.batches(torch.as_tensor(images))", "self.batches(images)"),

@@ -65,7 +65,8 @@ DT = "--objective=dt"
 LAST = [DT, "--updates=last"]  # cross-entropy and KL term once a step, blocks side by side
 HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     "NoProp, hybrid loss: the default": [],
-    "NoProp-DT, learned embedding, learning rate 0.003": [*LAST, "--lr=0.003"],
+    "NoProp-DT, learned embedding": [DT],
+    "NoProp-DT, one update a step, learned embedding, learning rate 0.003": [*LAST, "--lr=0.003"],
     "NoProp-DT, one-hot": [*LAST, "--embedding=onehot"],
     "the same chain by backpropagation": ["--objective=backprop"],
     "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],

@@ -2,6 +2,7 @@
 intervals over seeds and images.
 
     python benchmarks/paired.py --seeds 10                       asks what evidence.py headline has made
+    python benchmarks/paired.py --seeds 10 --rows NAME ...       of it these networks alone; others stay
     python benchmarks/paired.py --seeds 3 --fashion-mnist DIR    asks what evidence.py fashion has made
     python benchmarks/paired.py --report                         the tables, from benchmarks/results/
 
@@ -50,9 +51,11 @@ def asked(flags: list[str], seed: int, test: noprop.Split) -> tuple[noprop.NoPro
     return model, log_p
 
 
-def answers(settings: dict[str, list[str]], seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
-    """What the networks of a seed answer, by row, (1, 2, N) each; the first setting is hybrid NoProp."""
-    base, rows = next(iter(settings)), {}
+def answers(
+    settings: dict[str, list[str]], base: str, seed: int, test: noprop.Split
+) -> dict[str, np.ndarray]:
+    """What the networks of a seed answer, by row, (1, 2, N) each; base: the name of hybrid NoProp's."""
+    rows = {}
     for name, flags in settings.items():
         model, log_p = asked(flags, seed, test)
         rows[name] = log_p[:, -1]
@@ -103,8 +106,13 @@ def main() -> int:
     parser.add_argument(
         "--fashion-mnist", type=Path, metavar="DIR", help="the networks of evidence.py fashion"
     )
+    parser.add_argument(
+        "--rows", nargs="+", choices=HEADLINE, metavar="NAME", help="of the headline, only these"
+    )
     parser.add_argument("--report", action="store_true", help="ask no network")
     given = parser.parse_args()
+    if given.rows and (given.fashion_mnist or given.report):
+        parser.error("--rows are of the headline's networks: leave the other flags out")
     if given.report:
         return report()
     seeds = range(given.first_seed, given.first_seed + given.seeds)
@@ -112,6 +120,7 @@ def main() -> int:
     if given.fashion_mnist:
         name, settings = "fashion", fashion_flags(given.fashion_mnist)
         _, cnn = settings.popitem()
+    base, settings = next(iter(settings)), {x: settings[x] for x in given.rows or settings}
     needed = [(flags, seed) for flags in settings.values() for seed in seeds]
     needed += [(cnn, x) for seed in seeds for x in three_cnns(seed) if cnn]
     if missing := [x for x in needed if not summary_of(folder_of(*x))]:  # before a test image is asked for
@@ -121,8 +130,9 @@ def main() -> int:
     config = network_of(folder_of(*needed[0])).config
     test = load_data(config, given.fashion_mnist or noprop.Options.data_root).test
     for seed in seeds:
-        found = answers(settings, seed, test) | (answers_of_cnns(cnn, seed, test) if cnn else {})
-        keep_answers(control.RESULTS / f"{name}-{seed}.npz", **found)
+        found = answers(settings, base, seed, test) | (answers_of_cnns(cnn, seed, test) if cnn else {})
+        path = control.RESULTS / f"{name}-{seed}.npz"
+        keep_answers(path, **((dict(np.load(path)) if given.rows else {}) | found))
     return report()
 
 

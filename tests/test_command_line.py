@@ -376,7 +376,7 @@ def test_a_fault_of_the_program_is_no_line():
 
 @pytest.mark.parametrize(("name", "code"), [("gpu", 2), ("privateuseone", 1)])
 def test_a_device_that_is_not_there(name, code, capsys):
-    fails(capsys, code, [f"--device={name}"], f"--device {name} can't be used here")
+    fails(capsys, code, [f"--device={name}"], f"--device {name} can't be used")
 
 
 def test_by_itself_the_device_is_the_accelerator(monkeypatch):

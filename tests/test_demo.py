@@ -165,7 +165,7 @@ def test_what_the_page_can_not_show_is_refused(tmp_path, capsys):
     flow = str(untrained(tmp_path, CTConfig()))
     refused(capsys, 2, ["demo", flow], "the demo shows a chain of denoising blocks, and ct has none")
     refused(capsys, 2, ["demo", str(tmp_path / "none.pt")], "cannot read")
-    refused(capsys, 2, ["demo", "--device", "no"], "--device no can't be used here")
+    refused(capsys, 2, ["demo", "--device", "no"], "--device no can't be used")
     refused(capsys, 2, ["demo", "--port", "70000"], "port must be at most 65535")
     refused(capsys, 2, ["demo", "--early-exit", "1.5"], "early_exit must be above 0, at most 1")
 
