@@ -11,7 +11,6 @@ import io
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -185,7 +184,7 @@ def run(state: SharedState, data: Data, options: Options, content: dict[str, Any
     collective(dist.all_gather_object, digests, digest)
     if len({*digests}) > 1:  # all of them stop
         raise Failure("the processes have different images: give all of them the same --data-root")
-    often = replace(options, checkpoint_minutes=sys.float_info.max)  # the processes save when they agree to
+    often = replace(options, checkpoint_minutes=1e9)  # the processes save when they agree to
     started = False
 
     @contextlib.contextmanager
