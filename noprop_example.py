@@ -266,7 +266,7 @@ class NoProp(nn.Module):
         """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
 
         images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark; of NumPy
-        too. ValueError for other shapes, types, values. With a temperature it draws what evaluate() draws.
+        too. ValueError or TypeError for all others. With a temperature it draws what evaluate() draws.
         """
         logits, config = [], self.config
         for i, batch in enumerate(self.batches(torch.as_tensor(images))):
@@ -325,7 +325,7 @@ class Failure(ValueError):
 
 @dataclass(frozen=True)
 class Checked:
-    """Settings of the types they say. Ints (but for the seed) are >= 1 and < 2^31, floats >= 0 and <= 1e9."""
+    """Settings of the types they say. Ints are >= 1 and < 2^31, floats >= 0 and <= 1e9."""
 
     def __post_init__(self):
         for wrong, fault in self.faults():
@@ -341,10 +341,10 @@ class Checked:
             except TypeCheckError as error:
                 yield True, f"{name} can't be {value!r}: {Failure(error)}"
             whole = kinds[name] in (int, int | None) and name != "seed"
-            least, most, limit = (1, 2**31 - 1, "below 2^31") if whole else (0, 1e9, "at most 1e9")
+            least, most = (1, 2**31 - 1) if whole else (0, 2**64 if name == "seed" else 10**9)
             number = isinstance(value, int | float) and kinds[name] is not bool
             wrong = number and (isinstance(value, bool) or not least <= value <= most)
-            yield wrong, f"{name} must be at least {least}, and {limit}, not {value}"
+            yield wrong, f"{name} must be at least {least}, and at most {most:,}, not {value}"
 
 
 @dataclass(frozen=True)

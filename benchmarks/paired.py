@@ -68,6 +68,12 @@ def answers(
     return {row: packed(x, test.labels)[None] for row, x in rows.items()}
 
 
+def place(row: str) -> int:
+    """Of a row among the headline's: where it stands that it is of, or else at the beginning."""
+    own = [name for name in HEADLINE if row.startswith(name)]
+    return [*HEADLINE].index(max(own, key=len)) if own else 0
+
+
 def answers_of_cnns(flags: list[str], seed: int, test: noprop.Split) -> dict[str, np.ndarray]:
     """What the three plain CNNs beside a chain of three blocks answer: each, (3, 2, N), and averaged."""
     log_p = torch.stack([asked(flags, x, test)[1][:, -1] for x in three_cnns(seed)], 1)  # (N, 3, classes)
@@ -121,6 +127,8 @@ def main() -> int:
         name, settings = "fashion", fashion_flags(given.fashion_mnist)
         _, cnn = settings.popitem()
     base, settings = next(iter(settings)), {x: settings[x] for x in given.rows or settings}
+    if given.rows and [x.name for x in control.replicates_of(name)] != [f"{name}-{x}.npz" for x in seeds]:
+        raise SystemExit("error: --rows takes all seeds that are kept, and these alone")
     needed = [(flags, seed) for flags in settings.values() for seed in seeds]
     needed += [(cnn, x) for seed in seeds for x in three_cnns(seed) if cnn]
     if missing := [x for x in needed if not summary_of(folder_of(*x))]:  # before a test image is asked for
@@ -132,7 +140,10 @@ def main() -> int:
     for seed in seeds:
         found = answers(settings, base, seed, test) | (answers_of_cnns(cnn, seed, test) if cnn else {})
         path = control.RESULTS / f"{name}-{seed}.npz"
-        keep_answers(path, **((dict(np.load(path)) if given.rows else {}) | found))
+        if given.rows:
+            found |= {row: x for row, x in np.load(path).items() if row not in found}
+            found = {row: found[row] for row in sorted(found, key=place)}
+        keep_answers(path, **found)
     return report()
 
 

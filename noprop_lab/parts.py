@@ -91,6 +91,9 @@ def check_parts(paths: list[Path], contents: list[dict[str, Any]], configs: list
     for path, content, config in zip(paths, contents, configs, strict=True):
         if content["objective"] != contents[0]["objective"] and not exchange:
             raise Failure(f"{path} and {paths[0]} differ in their objective")
+        pair = (x["training"] for x in (content, contents[0]))
+        if not exchange and len({x["loss"] for x in pair if "loss" in x}) > 1:  # earlier versions have none
+            raise Failure(f"{path} and {paths[0]} differ in their loss")
         for name in sorted(names):
             here, there = (getattr(x, name) for x in (config, first))
             if here != there:

@@ -46,8 +46,8 @@ def url_of(options: LabOptions):
         except (ArgumentError, ValueError) as error:  # of a port that is no number
             shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
             raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
-        if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
-            raise Failure(f"--hpo-storage {options.hpo_storage} names no file: take sqlite:///FILE")
+        if url.drivername.startswith("sqlite") and ":memory:" in (url.database or ":memory:"):
+            raise Failure(f"--hpo-storage {url.render_as_string()} names no file: take sqlite:///FILE")
         return url
     url = URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
     try:

@@ -102,13 +102,13 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--batch-size", "1"], "batch_size must be at least 2"),
         (["--batch-size", "60000"], "--batch-size 60000 is more than the 55000 training images"),
         (["--lr", "-0.1"], "lr must be at least 0"),
-        (["--lr", "nan"], "lr must be at least 0, and at most 1e9"),
+        (["--lr", "nan"], "lr must be at least 0, and at most 1,000,000,000"),
         (["--eta-min", "1"], "eta_min must be at most lr, 0.014"),
         (["--select=last", "--patience=3", "--data-root=/"], "patience has no effect with select last"),
         (["--schedule=constant", "--eta-min=0", "--data-root=/"], "eta_min has no effect with schedule"),
         (["--embedding=fixed", "--embed-wd=1", "--data-root=/"], "embed_wd has no effect with embedding"),
         (["--num-blocks", "0"], "num_blocks must be at least 1"),
-        (["--embed-dim", "1" + 18 * "0"], "embed_dim must be at least 1, and below 2^31"),
+        (["--embed-dim", "1" + 18 * "0"], "embed_dim must be at least 1, and at most 2,147,483,647"),
         (["--ema-decay", "1"], "ema_decay must be"),
         (["--grad-clip", "0"], "grad_clip 0 leaves nothing to learn by"),
         (["--max-norm-embed", "0"], "max_norm_embed 0 leaves nothing to learn by"),
@@ -118,6 +118,7 @@ def test_pictures_of_any_size_and_polarity(trained, data, tmp_path, capsys):
         (["--eta-loss-weight", "0", "--lambda-global", "0"], "both weights"),
         (["--temperature", "1"], "takes weights ddpm"),
         (["--temperature=1e300", "--weights=ddpm", "--data-root=/"], "temperature must be at least 0, and"),
+        (["--seed", str(2**64 + 1), "--data-root=/"], "seed must be at least 0, and at most 18,446,744"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--device="], "--device= is empty"),
         (["--run-hpo", "--resume"], "choose one of"),
@@ -185,6 +186,7 @@ def test_a_config_of_the_wrong_type_is_refused():
         lr=1, ema_decay=0, eta_min=0, temperature=0, seed=0, train_images=None
     )  # as JSON has it
     assert (whole.lr, whole.ema_decay) == (1, 0)
+    assert noprop.Config(seed=1_795_847_400_123_456_789).seed  # a time in nanoseconds
 
 
 def test_what_a_file_names_is_not_ignored_though_it_is_a_default(capsys, tmp_path):

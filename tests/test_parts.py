@@ -176,6 +176,19 @@ def test_parts_that_do_not_belong_together(parts, tmp_path, capsys, files, word)
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_by_different_losses_are_refused_where_their_names_are_known(parts, tmp_path, capsys):
+    files = [parts / name / "noprop_hybrid.pt" for name in ("1", "2", "3")]
+    for loss, code in (("L1", 2), (None, 0)):
+        made = torch.load(files[2], weights_only=True)
+        made["training"] = {k: x for k, x in made["training"].items() if k != "loss"}
+        made["training"] |= {"loss": loss} if loss else {}
+        torch.save(made, other := tmp_path / "other.pt")
+        paths = [str(x) for x in (*files[:2], other)]
+        assert lab.main(["merge", *paths, f"--output-dir={tmp_path}"]) == code
+        said = capsys.readouterr().err
+        assert ("other.pt and" in said and "differ in their loss" in said) == bool(loss)
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
