@@ -286,7 +286,7 @@ def report() -> int:
     less = "held out: accuracy of", "less that of", "points", WITHOUT, "seeds"
     lines += [f"<details><summary>All {len(line_of)} settings, and comparisons</summary>", "", *head]
     lines += [*line_of.values(), "", f"| {' | '.join(less)} |", "|---" * len(less) + "|"]
-    pairs = [(x, DEFAULT) for x in [*QUICKER, *FEWER, FASTER, SMALLER_BATCHES]]
+    pairs = [(x, DEFAULT) for x in [*QUICKER, *FEWER, FASTER, SMALLER_BATCHES, TEN_DEEP]]
     deep = *RULES["accurate"], *RULES["best"], *FEWER_STEPS, LONGER, SMALLER_BATCHES
     pairs += [(x, TEN_DEEP) for x in deep]
     pairs += [(FEWER_STEPS[1], chosen("best")), (SMALLER_BATCHES, PLAIN)]
