@@ -107,6 +107,7 @@ def test_a_picture_that_fails_is_exit_code_1(tmp_path, monkeypatch):
     assert lab.main(["search", *flags_of(tmp_path, *more)]) == 1
 
 
+@pytest.mark.draws("saved")
 @pytest.mark.parametrize("names", [["lr"], ["lr", "eta_loss_weight"]])
 def test_slices_of_one_setting_and_of_several_are_drawn(names):
     study = optuna.create_study()
