@@ -325,7 +325,7 @@ class Failure(ValueError):
 
 @dataclass(frozen=True)
 class Checked:
-    """Settings of the types they say. Ints are >= 1 and < 2^31, floats >= 0 and <= 1e9."""
+    """Settings of the types they say. Ints are >= 1 and < 2^31 (seed: 0 to 2^64), floats >= 0 and <= 1e9."""
 
     def __post_init__(self):
         for wrong, fault in self.faults():
@@ -340,8 +340,8 @@ class Checked:
                 check_type(value, kinds[name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             except TypeCheckError as error:
                 yield True, f"{name} can't be {value!r}: {Failure(error)}"
-            whole = kinds[name] in (int, int | None) and name != "seed"
-            least, most = (1, 2**31 - 1) if whole else (0, 2**64 if name == "seed" else 10**9)
+            bounds = (1, 2**31 - 1) if kinds[name] in (int, int | None) else (0, 10**9)
+            least, most = (0, 2**64) if name == "seed" else bounds
             number = isinstance(value, int | float) and kinds[name] is not bool
             wrong = number and (isinstance(value, bool) or not least <= value <= most)
             yield wrong, f"{name} must be at least {least}, and at most {most:,}, not {value}"

@@ -172,6 +172,12 @@ def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
     return [noprop.load(folder_of(list(flags), seed) / "noprop_hybrid.pt") for seed in seeds]
 
 
+def place(row: str) -> int:
+    """Of a row among the headline's: where it stands that it is of, or else at the beginning."""
+    own = [name for name in HEADLINE if row.startswith(name)]
+    return [*HEADLINE].index(max(own, key=len)) if own else 0
+
+
 def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
     """Which way of training is best? Test accuracy of the weights that validation selects."""
     test, rows = noprop.load_data(noprop.Config()).test, kept("headline").get("rows", {})
@@ -181,8 +187,9 @@ def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
             old = rows.get(part, {})
             seen = {column: [*old[column], *more[column]] for column in more} if SEEDS in old else more
             rows[part] = seen | {column: old[column] for column in ("seconds", PEAK) if column in old}
-    numbers = [100 + 10 * replicate for replicate in range(len(ten))]
-    return rows | {control.TEN: rows.get(control.TEN, {}) | {SEEDS: numbers, "test accuracy": ten}}
+    numbers, last = [100 + 10 * replicate for replicate in range(len(ten))], rows.pop(control.TEN, {})
+    rows = {row: rows[row] for row in sorted(rows, key=place)}
+    return rows | {control.TEN: last | {SEEDS: numbers, "test accuracy": ten}}
 
 
 def ten_cnns() -> np.ndarray:

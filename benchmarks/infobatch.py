@@ -88,7 +88,7 @@ def report() -> int:
     ours = np.stack([x["chain"][None] for x in files])
     accuracies, losses, _ = measured(ours)
     steps = np.mean([x["steps"] for x in files])
-    columns = ("", "steps", "accuracy", "nll", "InfoBatch less this, points", frontier.WITHOUT)
+    columns = "", "steps", "accuracy", "nll", "InfoBatch less this, points", frontier.WITHOUT
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cells = [f"{steps:.0f}", mean(accuracies), mean(losses, 4)]
     lines.append(f"| InfoBatch, 12 epochs | {' | '.join(cells)} | | |")

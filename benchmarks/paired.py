@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
-from benchmarks.evidence import DT, HEADLINE, fashion_flags, three_cnns
+from benchmarks.evidence import DT, HEADLINE, fashion_flags, place, three_cnns
 from benchmarks.intervals import packed
 from benchmarks.seeds import folder_of, keep_answers, network_of, sampling, summary_of
 from noprop_lab.data import load_data
@@ -66,12 +66,6 @@ def answers(
             other = 1.0 if name == base else 0.0
             rows[f"{name}, at τ = {other:g}"] = log_probabilities(sampling(model, other), test.images)[:, -1]
     return {row: packed(x, test.labels)[None] for row, x in rows.items()}
-
-
-def place(row: str) -> int:
-    """Of a row among the headline's: where it stands that it is of, or else at the beginning."""
-    own = [name for name in HEADLINE if row.startswith(name)]
-    return [*HEADLINE].index(max(own, key=len)) if own else 0
 
 
 def answers_of_cnns(flags: list[str], seed: int, test: noprop.Split) -> dict[str, np.ndarray]:

@@ -141,8 +141,8 @@ def test_a_data_set_that_is_absent_and_offline_tells_where_to_put_it(tmp_path, c
         raise OSError("no\n network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    words = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
-    file = words.get(dataset, "train-images-idx3-ubyte.gz")
+    files = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+    file = files.get(dataset, "train-images-idx3-ubyte.gz")
     words = "can't be downloaded", "no network", file, "see --data-root"
     refused(capsys, 2, ["train", *small(dataset, tmp_path, tmp_path / "out")], *words)
     assert not (tmp_path / "out").exists()
