@@ -62,6 +62,7 @@ Rows = dict[str, dict[str, list[float]]]  # a value a seed, by row and column
 P, SEEDS, LESS = "p, Holm", "seeds", "less the first row's, 95 % interval"
 
 DT = "--objective=dt"
+EVERY = "--supervise=every"  # deep supervision: each block's answer has a loss
 LAST = [DT, "--updates=last"]  # cross-entropy and KL term once a step, blocks side by side
 HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     "NoProp, hybrid loss: the default": [],
@@ -69,6 +70,7 @@ HEADLINE = {  # name: flags; 12 epochs unless they say otherwise
     "NoProp-DT, one update a step, learned embedding, learning rate 0.003": [*LAST, "--lr=0.003"],
     "NoProp-DT, one-hot": [*LAST, "--embedding=onehot"],
     "the same chain by backpropagation": ["--objective=backprop"],
+    "the same chain by backpropagation, a loss after every block": ["--objective=backprop", EVERY],
     "plain CNN of one block's size": ["--objective=backprop", "--num-blocks=1"],
     "plain CNN of one block's size, six times as long": [
         "--objective=backprop",
@@ -213,7 +215,7 @@ def headline_of(name: str, seeds: range, test: noprop.Split, rows: Rows) -> Rows
             "epochs": [x["epochs"] for x in of_one],
         }
     }
-    if not flags:  # others have one block, or answer from a z_1 of nearly pure noise
+    if not flags or EVERY in flags:  # others have one block, one loss, or a z_1 of nearly pure noise
         found[name]["cut after block 1"] = [x["test_accuracy_by_blocks"][0] for x in of_one]
         found[name]["mean of all blocks"] = [x["test_accuracy_average"] for x in of_one]
     for temperature, wanted in ((1.0, not flags), (0.0, DT in flags)):

@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
-from benchmarks.evidence import DT, HEADLINE, fashion_flags, place, three_cnns
+from benchmarks.evidence import DT, EVERY, HEADLINE, fashion_flags, place, three_cnns
 from benchmarks.intervals import packed
 from benchmarks.seeds import folder_of, keep_answers, network_of, sampling, summary_of
 from noprop_lab.data import load_data
@@ -62,6 +62,8 @@ def answers(
         if name == base:
             rows[MEAN] = control.averaged(log_p)
             rows["its block 1"] = log_p[:, 0]
+        if EVERY in flags:
+            rows[f"{name}, the mean of them"] = control.averaged(log_p)
         if name == base or DT in flags:
             other = 1.0 if name == base else 0.0
             rows[f"{name}, at τ = {other:g}"] = log_probabilities(sampling(model, other), test.images)[:, -1]
