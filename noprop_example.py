@@ -266,7 +266,7 @@ class NoProp(nn.Module):
         """Class probabilities after every block, (N, T, classes); the answer is [:, -1].
 
         images: (N, C, H, W), or (N, H, W) if C = 1; uint8 up to 255 or float up to 1, light on dark; of NumPy
-        too. ValueError or TypeError for all others. With a temperature it draws what evaluate() draws.
+        too. An error for all others. With a temperature it draws what evaluate() draws.
         """
         logits, config = [], self.config
         for i, batch in enumerate(self.batches(torch.as_tensor(images))):
@@ -577,7 +577,7 @@ def flatten(part: nn.Module) -> nn.Parameter:
     """
     *others, last = [x for x in part.parameters() if x.requires_grad] or part.parameters()
     sizes = [x.numel() + -x.numel() % 4 for x in others] + [last.numel()]  # starts aligned to 16 bytes
-    flat = nn.Parameter(last.new_zeros(sum(sizes)))
+    flat = nn.Parameter(last.new_zeros(sum(sizes)), last.requires_grad)
     flat.grad = torch.zeros_like(flat)
     for x, *vectors in zip((*others, last), flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
         data, grad = (v.as_strided(x.shape, x.stride()) for v in vectors)  # strides: channels_last stays
@@ -607,6 +607,7 @@ class State:
             self.tensors[name] = [[flatten(x), *filter(Tensor.is_floating_point, x.buffers())] for x in both]
             vector = self.parts[name] = self.tensors[name][1][0]
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
+            decay *= vector.requires_grad  # what a user froze stays as it is
             optimizer = torch.optim.AdamW([vector], weight_decay=decay, fused=device.type in ("cpu", "cuda"))
             self.holders[name] = *both, optimizer
         self.step, self.progress, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0.0, 0
@@ -686,7 +687,7 @@ class State:
 
     def resume(self, content: dict[str, Any], digest: str) -> None:
         """Go on from what save() wrote, with the same images. Raises Failure."""
-        path = content["path"]
+        content, path = copy.deepcopy(content), content["path"]  # what trains on is a copy
         if not {"parts", *self.POSITION} <= content.get("training", {}).keys():
             raise Failure(f"{path} holds weights alone, to evaluate and predict with: train anew")
         if (loss := content["training"].get("loss", self.loss_name)) != self.loss_name:  # a user's own
@@ -1123,7 +1124,7 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
                 state.resume(content, data.digest())
                 if state.finished() and state.config.epochs > content["config"].epochs:
                     raise Failure(f"by patience {state.config.patience} this run has ended: raise it too")
-            else:
+            if not content or Path(content["path"]).resolve() != options.checkpoint(state.config).resolve():
                 keep_older(options.checkpoint(state.config))
             weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
             more = f"resuming, {state.step} steps are done" if content else f"{images:,} images"
@@ -1187,7 +1188,7 @@ def print_trial(_study, trial) -> None:
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     """The Optuna study of these settings, whose first trial has them as given. Raises Failure.
 
-    Its name is a digest of what is fixed and of suggest()'s text: other settings make another study.
+    Its name is a digest of what is fixed and of suggest()'s text: what is not searched makes another study.
     """
     import optuna
 
@@ -1315,13 +1316,12 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
 def over_checkpoint(content, given: dict[str, Any], free) -> Config:
     """The config of a checkpoint, in which settings change what is free; Failure for one that contradicts."""
-    saved, changed = content["config"], replace(content["config"], **given)  # values are checked
     for name, value in given.items():
-        there = getattr(saved, name)
+        there = getattr(content["config"], name)
         if value != there and (name not in free or (name == "epochs" and value < there)):
             flag = f"--{name.replace('_', '-')} {value}"
             raise Failure(f"{flag} contradicts {content['path']}, which has {there}: leave it out")
-    return changed
+    return replace(content["config"], **given)  # values are checked
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, Any] | None]:

@@ -92,7 +92,7 @@ def read_command_line(
         others = f"with {by} {choice}" if getattr(config, by, None) == choice else unread
         raise Failure(f"{idle[0]} has no effect {others}: leave it out")
     if config.mirror and not config.augment:
-        raise Failure("mirror is part of the augmentation: leave out no_augment")
+        raise Failure("mirror is part of the augmentation: it takes augment")
     if len(config.classes) == 1:
         raise Failure("classes must be two at least")
     return config, options, None

@@ -49,7 +49,7 @@ class CascadeConfig(LabConfig):
 
     def faults(self):
         yield from super().faults()
-        yield self.own_views and not self.augment, "own_views are augmented: leave out no_augment"
+        yield self.own_views and not self.augment, "own_views are augmented: they take augment"
         no_use = self.hand_on == "nothing" and self.estimates == "averaged"
         yield no_use, "estimates averaged has no effect where nothing is handed on: leave it out"
 

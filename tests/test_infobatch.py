@@ -30,6 +30,22 @@ def test_with_a_ratio_of_0_it_is_the_hybrid_loss_to_the_bit(small_data, tiny_sta
         assert same(one.state_dict(), other.state_dict())
 
 
+def test_a_checkpoint_that_was_read_once_is_gone_on_from_twice(small_data, tmp_path):
+    """To the same end: a training writes into nothing of what was read."""
+    config, ends = InfoBatchConfig(**TINY | {"epochs": 2}), []
+    state = PruningState(config, CPU, small_data)
+    next(noprop.train(state, small_data, train_step, threads=1))
+    state.save(path := tmp_path / "a.pt", "")
+    content = read_checkpoint(path)
+    for _ in range(2):
+        state = PruningState(config, CPU, small_data)
+        state.resume(content, "")
+        list(noprop.train(state, small_data, train_step, threads=1))
+        ends.append(state)
+    assert len(content["training"]["history"]) == 1
+    assert same(ends[0].model.state_dict(), ends[1].model.state_dict())
+
+
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 def test_an_epoch_leaves_out_images_below_the_mean_and_rescales_the_rest_of_these(ratio):
     n, size = 2000, 10

@@ -114,6 +114,16 @@ def test_what_a_block_freezes_stays_and_a_network_that_was_for_inference_trains(
         assert torch.equal(x, before[name]) == (frozen or name == "label_embedding.weight"), name
 
 
+def test_a_part_that_is_wholly_frozen_stays(batch):
+    model = noprop.build(config := noprop.Config(**TINY))
+    model.classifier.requires_grad_(False), model.blocks[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    noprop.train_step(noprop.State(config, model=model), *batch, 1e-2)  # weight decay would shrink it
+    for name, x in model.named_parameters():
+        frozen = name.startswith(("classifier", "blocks.0"))
+        assert torch.equal(x, before[name]) == frozen, name
+
+
 def test_a_block_alone_equals_the_block_beside_others(training, batch):
     (image, label), alone = batch, noprop.State(noprop.Config(**TINY))
     noprop.train_step(training, image, label, 1e-3)

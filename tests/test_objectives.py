@@ -478,6 +478,7 @@ def test_an_early_exit_takes_the_answer_of_the_block_where_the_image_leaves(by_a
     assert torch.equal(blocks.long(), first + 1) and len(first.unique()) > 1
     assert not answers.requires_grad
     torch.testing.assert_close(answers, whole[torch.arange(600), first])
+    assert torch.equal(early_exit(model, images.numpy(), threshold)[0], answers)
     _, blocks = early_exit(model, images[:1], whole[0, 0].max().item())  # not more probable than that
     assert blocks.item() > 1
     late, blocks = early_exit(model, images, 1.0)  # without a threshold, all blocks

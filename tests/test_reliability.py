@@ -129,6 +129,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path, capsys):
     changed = read([*resume, "--epochs=30", "--patience=9"])[0]
     assert (changed.epochs, changed.patience) == (30, 9)
     fails(capsys, 2, [*resume, "--epochs=12"], "--epochs 12 contradicts")
+    fails(capsys, 2, [*resume, "--temperature=1"], "--temperature 1.0 contradicts")  # not: add --weights
     evaluate = ["--preset=reference", f"--evaluate={tmp_path / 'noprop_hybrid.pt'}"]
     assert read(evaluate)[0] == state.config
 
@@ -222,6 +223,15 @@ def test_what_was_written_since_it_was_read_is_not_written_over(tmp_path):
     with pytest.raises(noprop.Failure, match="was written by another run meanwhile"):
         noprop.run(noprop.State(replace(config, epochs=3)), data, options, stale)
     assert noprop.read_checkpoint(path)["training"]["step"] == 8
+
+
+def test_a_run_that_goes_on_in_another_folder_keeps_the_network_there(tmp_path):
+    config, (one, other) = noprop.Config(**TINY), (tmp_path / x / "noprop_hybrid.pt" for x in "ab")
+    assert [noprop.main(tiny_flags(x.parent)) for x in (one, other)] == [0, 0]
+    content, before = noprop.read_checkpoint(one), other.read_bytes()
+    options = noprop.Options(output_dir=other.parent)
+    assert noprop.run(noprop.State(config), noprop.load_data(config), options, content) == 0
+    assert other.with_name("noprop_hybrid.1.pt").read_bytes() == before
 
 
 def test_an_older_file_that_can_not_be_renamed_is_a_line(tmp_path, monkeypatch, capsys):
