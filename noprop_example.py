@@ -599,15 +599,14 @@ class State:
         self.model = (model or build(config, device)).train()
         self.averaged = copy.deepcopy(self.model).eval()
         self.blocks = list(range(1, config.num_blocks + 1))  # those that are trained here
-        # By name of a part. parts: its parameters as one vector; tensors: (averages, what they follow);
-        # holders: what has a state to save, (averaged module, module, optimizer).
+        # By part: its vector; averages, what they follow; whose state is saved: average, module, optimizer
         self.parts, self.tensors, self.holders = {}, {}, {}
         for name, module in self.model.parts().items():
             both = self.averaged.get_submodule(name), module
             self.tensors[name] = [[flatten(x), *filter(Tensor.is_floating_point, x.buffers())] for x in both]
             vector = self.parts[name] = self.tensors[name][1][0]
             decay = config.embed_wd if name == "label_embedding" else config.weight_decay
-            decay *= vector.requires_grad  # what a user froze stays as it is
+            decay *= vector.requires_grad  # what a user froze as a whole stays as it is
             optimizer = torch.optim.AdamW([vector], weight_decay=decay, fused=device.type in ("cpu", "cuda"))
             self.holders[name] = *both, optimizer
         self.step, self.progress, self.lr, self.seconds, self.selected_epoch = 0, 0.0, 0.0, 0.0, 0
@@ -1316,12 +1315,13 @@ def read_flags(arguments: list[str], *kinds: type, prog="noprop_example.py", res
 
 def over_checkpoint(content, given: dict[str, Any], free) -> Config:
     """The config of a checkpoint, in which settings change what is free; Failure for one that contradicts."""
+    saved, changed = content["config"], replace(content["config"], **given)  # values are checked
     for name, value in given.items():
-        there = getattr(content["config"], name)
+        there = getattr(saved, name)
         if value != there and (name not in free or (name == "epochs" and value < there)):
             flag = f"--{name.replace('_', '-')} {value}"
             raise Failure(f"{flag} contradicts {content['path']}, which has {there}: leave it out")
-    return replace(content["config"], **given)  # values are checked
+    return changed
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, Options, dict[str, Any] | None]:

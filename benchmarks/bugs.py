@@ -708,7 +708,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (f"{LAB}/search.py", '"tight" if alone else "constrained"', '"constrained"'),
     (f"{LAB}/pictures.py", '"L" if channels == 1 else "RGB"', '"RGB"'),
     (f"{LAB}/data.py", '" ".join(str(error).split())', "str(Failure(error))"),
-    (SCRIPT, "last.new_zeros(sum(sizes)), last.requires_grad)", "last.new_zeros(sum(sizes)))"),
+    (SCRIPT, "decay *= vector.requires_grad", "decay *= 1"),
     (SCRIPT, "copy.deepcopy(content), content", "content, content"),
     (SCRIPT, 'Path(content["path"]).resolve() != options.checkpoint(state.config).resolve()', "False"),
     (f"{LAB}/early_exit.py", "model.batches(torch.as_tensor(images))", "model.batches(images)"),

@@ -129,7 +129,6 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path, capsys):
     changed = read([*resume, "--epochs=30", "--patience=9"])[0]
     assert (changed.epochs, changed.patience) == (30, 9)
     fails(capsys, 2, [*resume, "--epochs=12"], "--epochs 12 contradicts")
-    fails(capsys, 2, [*resume, "--temperature=1"], "--temperature 1.0 contradicts")  # not: add --weights
     evaluate = ["--preset=reference", f"--evaluate={tmp_path / 'noprop_hybrid.pt'}"]
     assert read(evaluate)[0] == state.config
 
