@@ -712,6 +712,36 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (SCRIPT, "copy.deepcopy(content), content", "content, content"),
     (SCRIPT, 'Path(content["path"]).resolve() != options.checkpoint(state.config).resolve()', "False"),
     (f"{LAB}/early_exit.py", "model.batches(torch.as_tensor(images))", "model.batches(images)"),
+    (
+        f"{LAB}/search.py",
+        "sorted(complete, key=lambda trial: trial.value)",
+        "sorted(complete, key=lambda trial: -trial.value)",
+    ),
+    (f"{LAB}/search.py", "self.short = replace(config, epochs=options.hpo_epochs)", "self.short = config"),
+    (f"{LAB}/search.py", "if not options.hpo_final_run:", "if False:"),
+    (
+        f"{LAB}/__main__.py",
+        "return model.probabilities(images)[:, -1]",
+        "return model.probabilities(images)[:, 0]",
+    ),
+    (SCRIPT, "v.as_strided(x.shape, x.stride())", "v[: x.numel()].view(x.shape)"),
+    (SCRIPT, '"chip": chip, ', '"chip": "", '),
+    (SCRIPT, '"selected_epoch": state.selected_epoch', '"selected_epoch": len(state.history)'),
+    (SCRIPT, "epoch {state.selected_epoch}, select", "epoch {len(state.history)}, select"),
+    (SCRIPT, "label=label.format(y[-1])", "label=label.format(max(y))"),
+    (SCRIPT, "at the end {chain[-1]:.2f}", "at the end {max(chain):.2f}"),
+    (SCRIPT, "if answer == label[i] else", "if answer != label[i] else"),
+    (
+        SCRIPT,
+        "        State.save(state, files[0]",
+        "        picture(draw, files[3], model, data.test)\n        State.save(state, files[0]",
+    ),
+    (SCRIPT, "OSError, ImportError) as error:  # the last", "OSError) as error:  # the last"),
+    (SCRIPT, "isinstance(error, OSError | ImportError)", "isinstance(error, OSError)"),
+    (SCRIPT, "(isinstance(value, bool) or not least", "(not least"),
+    (f"{LAB}/demo.py", 'server_name="127.0.0.1"', 'server_name="0.0.0.0"'),
+    (f"{LAB}/demo.py", ", analytics_enabled=False", ""),
+    (f"{LAB}/demo.py", '"GRADIO_ANALYTICS_ENABLED": "0", ', ""),
 ]
 
 PARALLEL = [

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,9 @@ import torch
 from conftest import ROOT, TINY, fails, noprop, small_disk, start, wait_until
 from laboratory import quick_lab, quick_main
 from PIL import Image
+
+from noprop_lab.__main__ import console
+from noprop_lab.settings import WEIGHTS
 
 SCRIPT = str(ROOT / "noprop_example.py")
 
@@ -228,6 +233,26 @@ def test_help_has_every_setting_in_a_line_the_most_used_ones_first(capsys, monke
 def test_a_flag_may_have_underscores():
     config, options, _ = noprop.read_command_line(["--batch_size", "64", "--output_dir=a_b"])
     assert config.batch_size == 64 and options.output_dir == Path("a_b")
+
+
+def test_a_package_that_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "optuna.trial", None)
+    fails(capsys, 1, ["--run-hpo", f"--output-dir={tmp_path}"], "optuna.trial")
+
+
+@pytest.mark.parametrize("name", ["epochs", "lr", "seed"])
+def test_true_is_no_number(name):
+    with pytest.raises(noprop.Failure, match=f"{name} must be at least .*, not True"):
+        noprop.Config(**{name: True})
+
+
+def test_what_is_installed():
+    """The commands are functions that there are, and the trained network goes with them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    commands = {name: pkgutil.resolve_name(x) for name, x in project["project"]["scripts"].items()}
+    assert commands == {"noprop": noprop.main, "noprop-lab": console}
+    [held] = project["tool"]["setuptools"]["package-data"]["noprop_lab"]
+    assert WEIGHTS in (ROOT / "noprop_lab").glob(held)
 
 
 def test_a_home_folder(monkeypatch, tmp_path):

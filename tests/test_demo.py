@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from conftest import ROOT, noprop
 from laboratory import lab, refused, untrained
 from PIL import Image, ImageDraw
 
+from noprop_lab import demo
 from noprop_lab.backprop import BackpropConfig
 from noprop_lab.ct import CTConfig
 from noprop_lab.demo import answer, chart, emerging
@@ -277,6 +279,18 @@ def text_of(chromium) -> str:
     script = "const x = document.getElementById('answer');"
     script += "return x && getComputedStyle(x.parentElement).opacity == '1' ? x.textContent : ''"
     return chromium.execute_script(script)
+
+
+def test_the_page_is_for_this_machine_alone_and_reports_nothing(monkeypatch):
+    gradio = MagicMock(__version__="6.20.0")
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    monkeypatch.setattr(demo, "threading", MagicMock())  # it does not wait
+    monkeypatch.setattr(os, "environ", {})
+    demo.show(None, 7860)
+    how = gradio.Blocks.return_value.__enter__.return_value.launch.call_args.kwargs
+    assert how["server_name"] == "127.0.0.1" and how["share"] is False
+    assert gradio.Blocks.call_args.kwargs["analytics_enabled"] is False
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "0"
 
 
 def test_in_a_browser(tmp_path):

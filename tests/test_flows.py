@@ -353,7 +353,13 @@ def test_the_classifier_of_fm_is_trained_where_the_embedding_is(small_data):
 
 @BOTH
 def test_bfloat16_trains(kind, small_data):
-    state = tiny(small_data, kind(**ONE, precision="bfloat16", steps=2, step_threads=1))
+    config, seen = kind(**ONE, precision="bfloat16", steps=2, step_threads=1), set()
+    state = LabState(config, CPU, small_data)
+    for name, layer in state.model.blocks[0].named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(lambda _, x, out, name=name: seen.add((name, out.dtype)))
+    list(noprop.train(state, small_data, flows.train_step, 1))
+    assert {dtype for _, dtype in seen} >= {torch.bfloat16}
     assert all(x.dtype in (torch.float32, torch.int64) for x in state.model.state_dict().values())
 
 

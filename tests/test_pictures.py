@@ -224,6 +224,16 @@ def test_the_picture_in_the_repository(capsys):
     assert "9 5 6 8" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_predict_answers_by_the_mean_of_the_blocks(tmp_path, data, capsys):
+    """And not by block 1: of the image where these are furthest apart."""
+    shares = noprop.load(WEIGHTS).probabilities(data.test.images[:2000])
+    i = int((shares[:, 0] - shares[:, -1]).abs().amax(1).argmax())
+    answer = int(shares[i, -1].argmax())
+    Image.fromarray(data.test.images[i, 0].numpy()).save(path := tmp_path / "a.png")
+    assert lab.main(["predict", str(WEIGHTS), str(path)]) == 0
+    assert f": {answer}  ({answer}: {100 * shares[i, -1, answer]:.1f} %" in capsys.readouterr().out
+
+
 def test_predict_leaves_early(tmp_path, monkeypatch, data):
     asked = []
     Image.fromarray(data.test.images[0, 0].numpy()).save(path := tmp_path / "seven.png")

@@ -243,6 +243,9 @@ def test_the_command_searches_and_trains_and_draws(tmp_path, capsys, objective):
     )
     content = contents(tmp_path / f"noprop_{objective}.pt")
     assert given[0].saved() == content["config"]
+    both = trials(tmp_path)
+    assert len({x.value for x in both}) == 2 and {x.user_attrs["record"]["epoch"] for x in both} == {2}
+    assert min(both, key=lambda x: x.value).user_attrs["settings"].items() <= content["config"].items()
 
 
 def test_the_best_settings_that_are_written_are_those_of_the_final_run(tmp_path, monkeypatch):
@@ -264,6 +267,7 @@ def test_what_a_trial_is_judged_by(tmp_path, objective):
         record = trial.user_attrs["record"]
         assert trial.value == {"loss": record["val_loss"], "error": 100 - record["val_accuracy"]}[objective]
         assert record["test_accuracy"] is None
+    assert not (tmp_path / "noprop_hybrid.pt").exists()  # --no-hpo-final-run
 
 
 def test_a_time_limit_ends_the_search(tmp_path):

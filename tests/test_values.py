@@ -399,7 +399,32 @@ def test_the_results_are_those_of_the_selected_weights(small_data, tmp_path, cap
     printed = capsys.readouterr().out
     assert "Test accuracy    100.00 ± 0.00 % (± for 500 images)" in printed
     assert "After block 1 …  100.00 %" in printed and "Blocks' average  100.00 %" in printed
+    assert "Weights          epoch 1, select validation" in printed
+    assert json.loads((tmp_path / "noprop_hybrid.json").read_text())["selected_epoch"] == 1
     assert noprop.evaluate(state.averaged, data.test, state.config)["accuracy"][-1] < 100
+
+
+def test_results_are_written_and_printed_before_anything_is_drawn(small_data, tmp_path, monkeypatch, capsys):
+    """A picture never hides a result, though drawing it may end the process."""
+    seen, state = [], noprop.State(noprop.Config(num_blocks=1))
+
+    def picture(*_) -> int:
+        seen.append(({x.name for x in tmp_path.iterdir()}, capsys.readouterr().out))
+        return 0
+
+    monkeypatch.setattr(noprop, "picture", picture)
+    assert noprop.finish(state, small_data, noprop.Options(output_dir=tmp_path)) == 0
+    (files, printed), _ = seen
+    assert {"noprop_hybrid.pt", "noprop_hybrid.json"} <= files and "Test accuracy" in printed
+
+
+def test_weights_and_gradients_lie_in_memory_as_convolutions_are_fast():
+    """So does a checkpoint's moments' vector: in another order it would be another's."""
+    state = noprop.State(noprop.Config(num_blocks=1))
+    for network in (state.model, state.averaged):
+        weight = network.blocks[0].image[4].weight  # (32, 24, 3, 3)
+        for x in (weight, weight.grad):
+            assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @pytest.mark.parametrize("sure", [3, 0])
@@ -465,11 +490,11 @@ def test_when_a_training_is_finished(accuracies, changes, finished):
 def test_what_the_picture_of_a_training_shows():
     """Every line's values, by the words of its label; the bars are standard errors."""
     history = [
-        dict(epoch=k, block_losses=[k, 3 * k], classifier_loss=5 * k, val_accuracy=90 + k)
-        | dict(test_accuracy=80 + k, lr=0.1 / k)
-        for k in (1, 2, 3)
+        dict(epoch=k, block_losses=[k, 3 * k], classifier_loss=5 * k, val_accuracy=90 + right)
+        | dict(test_accuracy=80 + right, lr=0.1 / k)
+        for k, right in ((1, 1), (2, 3), (3, 2))  # the last is not the best
     ]
-    summary = dict(objective="hybrid", history=history, test_accuracy_by_blocks=[97, 98], test_images=400)
+    summary = dict(objective="hybrid", history=history, test_accuracy_by_blocks=[98, 97], test_images=400)
     figure, lines = noprop.draw_progress(summary), {}
     for axes in figure.axes:
         for line in axes.get_lines():
@@ -480,16 +505,19 @@ def test_what_the_picture_of_a_training_shows():
     expected = {
         (losses, "blocks"): [2, 4, 6],
         (losses, "classifier: cross-entropy"): [5, 10, 15],
-        (accuracies, "validation"): [91, 92, 93],
-        (accuracies, "test (decides nothing)"): [81, 82, 83],
+        (accuracies, "validation"): [91, 93, 92],
+        (accuracies, "test (decides nothing)"): [81, 83, 82],
         ("Learning rate", "at the end of the epoch"): pytest.approx([0.1, 0.05, 0.1 / 3]),
     }
     assert {name: lines[name] for name in expected} == expected
     [bars] = figure.axes[1].containers
     chain, _, [segments] = bars
-    assert list(chain.get_ydata()) == [97, 98] and "after each block" in figure.axes[1].get_title()
+    assert list(chain.get_ydata()) == [98, 97] and "after each block" in figure.axes[1].get_title()
     error = (segments.get_segments()[0][1, 1] - segments.get_segments()[0][0, 1]) / 2
-    assert error == pytest.approx(100 * (0.97 * 0.03 / 400) ** 0.5)
+    assert error == pytest.approx(100 * (0.98 * 0.02 / 400) ** 0.5)
+    labels = " ".join(x for axes in figure.axes for x in axes.get_legend_handles_labels()[1])
+    for words in ("validation, at the end 92.", "nothing), at the end 82.", "error; at the end 97."):
+        assert words in labels, words
     cascade = summary | {"history": [record | {"classifier_loss": 0} for record in history]}  # it has none
     legend = noprop.draw_progress(cascade).axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["blocks, mean"]
@@ -522,6 +550,9 @@ def test_what_the_picture_of_the_denoising_shows(small_data, monkeypatch):
         assert shares[:, 0].max() < 0.2 and shares[:, -1].argmax() == int(digit.get_title().split()[0])
     for i, digit in enumerate(digits[:6]):
         assert np.allclose(digit.get_images()[0].get_array(), small_data.test.images[i, 0] / 255)
+        answer, *more = digit.get_title().split(" ", 1)
+        label = str(int(small_data.test.labels[i]))
+        assert more == ([] if answer == label else [f"(labelled {label})"])
     certainty = model.probabilities(small_data.test.images)[:, -1].gather(1, small_data.test.labels[:, None])
     hard = small_data.test.images[certainty[:, 0].argsort()[:24], 0] / 255
     for digit in digits[6:]:
