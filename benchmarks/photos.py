@@ -403,7 +403,7 @@ print(time.perf_counter() - started, megabytes("VmHWM:") - before)
 
 
 def large(seed: int) -> dict[str, list[float]]:
-    """Seconds for a picture of 4000 by 3000 pixels, and MB above what the process had before."""
+    """Seconds for a picture of 4000 by 3000 pixels, and MiB above what the process had before."""
     test, found = noprop.load_data(noprop.Config()).test, {}
     picture = drawn("falling light", [0], test, np.random.default_rng([seed, 12])).resize((4000, 3000))
     with tempfile.TemporaryDirectory() as folder:
@@ -460,10 +460,10 @@ def main() -> None:
     for name, found in clean.items():
         print(f"Exports of 28 by 28, {name}: {found['accuracy']:.2f} %, {found['differ']} unlike evaluate's")
     for name, (seconds, megabytes) in twelve.items():
-        print(f"12 megapixels, {name}: {seconds:.2f} s, {megabytes:.0f} MB")
+        print(f"12 megapixels, {name}: {seconds:.2f} s, {megabytes:.0f} MiB")
     print(f"float32 matmul peak {peak:.0f} GFLOP/s, {torch.get_num_threads()} threads")
     result = {"split": args.split, "seed": args.seed, "digits": args.count, "blank": args.blank, "rows": rows}
-    result |= {"exports": clean, "twelve megapixels (s, MB)": twelve, "matmul peak (GFLOP/s)": peak}
+    result |= {"exports": clean, "twelve megapixels (s, MiB)": twelve, "matmul peak (GFLOP/s)": peak}
     result |= {"versions": noprop.made_with(noprop.CPU)}
     if args.split == "test":
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -290,8 +290,6 @@ def profile(repeats: int = 10) -> None:
         x.key: x.self_device_time_total if on_gpu else x.self_cpu_time_total for x in trace.key_averages()
     }
     whole = sum(times.values())
-    for old in [x for x in RESULTS if x.startswith("share of a step")]:
-        del RESULTS[old]  # of an earlier run, whose largest may be others
     for key in sorted(times, key=times.get, reverse=True)[:10]:
         report(f"share of a step: `{key}`", times[key] / whole, f"{times[key] / whole:.0%}")
 
@@ -490,10 +488,8 @@ def keep(path: Path, part: str) -> None:
     """Write what has been measured, the part last, over what is there of it, and beside that of others."""
     RESULTS["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if part == "runs":  # whose names have changed
-        kept = {
-            name: x for name, x in kept.items() if not name.startswith(("default run", "original recipe"))
-        }
+    own = {"runs": ("default run", "original recipe"), "profile": ("share of a step",)}.get(part, ())
+    kept = {name: x for name, x in kept.items() if not name.startswith(own)}  # whose names change
     made = RESULTS["versions"] | {name: x for name, x in RESULTS.items() if name.startswith("float32 matmul")}
     by_part = kept.get("versions by part", {}) | {part: made}
     path.write_text(json.dumps(kept | RESULTS | {"versions by part": by_part}, indent=1) + "\n")
