@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data
             train, test = read_cifar(root, name)
         else:
             train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
-    data = split_data(train, test, config, device)
-    if config.all_images:
+    data = split_data(train, test, replace(config, batch_size=1) if config.all_images else config, device)
+    if config.all_images:  # a batch may be of these
         data = data._replace(train=Split(*(torch.cat(x) for x in zip(data.train, data.val, strict=True))))
     return with_augmentation(data, config)
 
@@ -178,12 +179,13 @@ def refuse(error: OSError) -> None:
 
 def walked(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """os.walk() through links, but into no hidden folder, and into none that it is inside of."""
+    above = {os.fspath(top): ()}  # of a folder that is to come: the real ones that lead to it
     for place, folders, files in os.walk(top, onerror=refuse, followlinks=True):
         yield place, folders.copy(), files
-        here = Path(os.path.realpath(place))
-        folders[:] = [
-            x for x in folders if not hidden(x) and not here.is_relative_to(os.path.realpath(here / x))
-        ]
+        inside = *above.pop(place), Path(os.path.realpath(place))
+        real = {x: os.path.realpath(os.path.join(place, x)) for x in folders if not hidden(x)}
+        folders[:] = [name for name, path in real.items() if not any(x.is_relative_to(path) for x in inside)]
+        above |= {os.path.join(place, name): inside for name in folders}
 
 
 def find_pictures(folder: Path, classes: tuple[str, ...], skipped: list[Path]) -> list[tuple[Path, int]]:

@@ -105,6 +105,8 @@ def test_a_run_on_fashion_mnist(tmp_path, fashion, capsys):
 
 
 def test_all_images_are_those_to_train_and_to_choose_by_and_nothing_is_chosen(tmp_path, data, capsys):
+    few = LabConfig(all_images=True, select="last", train_images=400)  # a batch may hold more than these
+    assert len(lab_data.load_data(few, noprop.Options.data_root).train.labels) == 5400
     whole = lab_data.load_data(LabConfig(all_images=True, select="last"), noprop.Options.data_root)
     assert len(whole.train.labels) == 60_000 and torch.equal(whole.test.images, data.test.images)
     for mine, (kept, held_out) in zip(whole.train, zip(data.train, data.val, strict=True), strict=True):
@@ -467,6 +469,9 @@ def test_a_link_to_a_folder_above_adds_no_picture_and_a_hidden_one_is_not_entere
     before = lab_data.find_pictures(tmp_path, tuple(ORDER), [])
     (tmp_path / "one" / "again").symlink_to(".")
     (tmp_path / "zero" / "all").symlink_to("..")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "one" / "out").symlink_to(tmp_path / "elsewhere")  # two, each of which leads to the other
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "one")
     (tmp_path / "one" / ".Trash-0").mkdir()
     scandir = os.scandir
 
