@@ -717,7 +717,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
         "sorted(complete, key=lambda trial: trial.value)",
         "sorted(complete, key=lambda trial: -trial.value)",
     ),
-    (f"{LAB}/data.py", "replace(config, batch_size=1) if config.all_images else config", "config"),
+    (f"{LAB}/data.py", "replace(config, batch_size=2) if config.all_images else config", "config"),
     (f"{LAB}/data.py", "inside = *above.pop(place), ", "inside = *(), "),
     (f"{LAB}/search.py", "self.short = replace(config, epochs=options.hpo_epochs)", "self.short = config"),
     (f"{LAB}/search.py", "if not options.hpo_final_run:", "if False:"),

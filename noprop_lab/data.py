@@ -45,7 +45,7 @@ def load_data(config: LabConfig, root: Path, device: torch.device = CPU) -> Data
             train, test = read_cifar(root, name)
         else:
             train, test = read_mnist(root / name / "raw") if name == "MNIST" else read_like_mnist(root, name)
-    data = split_data(train, test, replace(config, batch_size=1) if config.all_images else config, device)
+    data = split_data(train, test, replace(config, batch_size=2) if config.all_images else config, device)
     if config.all_images:  # a batch may be of these
         data = data._replace(train=Split(*(torch.cat(x) for x in zip(data.train, data.val, strict=True))))
     return with_augmentation(data, config)
