@@ -254,6 +254,7 @@ class NoProp(nn.Module):
 
     def batches(self, images: Tensor) -> Iterator[Tensor]:
         """Float batches (500, C, H, W) of images that a user brings; raises ValueError for unfit ones."""
+        images = torch.as_tensor(images)
         images, byte = (images.unsqueeze(1) if images.ndim == 3 else images), images.dtype == torch.uint8
         if images.shape[1:] != self.image_shape or not (byte or images.is_floating_point()):
             raise ValueError(f"images must be (N, *{self.image_shape}), uint8 or float, not {images.shape}")
@@ -269,7 +270,7 @@ class NoProp(nn.Module):
         too. An error for all others. With a temperature it draws what evaluate() draws.
         """
         logits, config = [], self.config
-        for i, batch in enumerate(self.batches(torch.as_tensor(images))):
+        for i, batch in enumerate(self.batches(images)):
             logits.append(self(batch, config.temperature, generator(config.seed, "inference", 500 * i)))
         found = torch.cat(logits).softmax(-1)
         if self.by_average:
@@ -1128,8 +1129,7 @@ def run(state, data, options, content=None, step=train_step, end=finish, signals
             weights, images = sum(x.numel() for x in state.model.parameters()), len(data.train.labels)
             more = f"resuming, {state.step} steps are done" if content else f"{images:,} images"
             say(f"NoProp on {state.device}: {len(state.blocks)} blocks, {weights:,} weights; {more}")
-            code = train_and_save(state, data, options, step, signalled)
-            return max(code, end(state, data, options))
+            return max(train_and_save(state, data, options, step, signalled), end(state, data, options))
 
 
 # --- Search ------------------------------------------------------------------------------------------------
@@ -1187,7 +1187,7 @@ def print_trial(_study, trial) -> None:
 def open_study(config: Config, storage, suggest, judged_by: str = "loss"):
     """The Optuna study of these settings, whose first trial has them as given. Raises Failure.
 
-    Its name is a digest of what is fixed and of suggest()'s text: what is not searched makes another study.
+    Its name is a digest of what is fixed and of suggest()'s text: if either differs, so does the study.
     """
     import optuna
 

@@ -698,7 +698,7 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (SCRIPT, '("train-images", config.train_images or 0), ', ""),
     (SCRIPT, "else (0, 10**9)", "else (0, sys.float_info.max)"),
     (SCRIPT, "(0, 2**64) if name", "(0, 10**9) if name"),
-    (SCRIPT, "self.batches(torch.as_tensor(images))", "self.batches(images)"),
+    (SCRIPT, "        images = torch.as_tensor(images)\n", ""),
     (SCRIPT, 'self.history if self.config.select == "validation" else []', "self.history"),
     (f"{LAB}/parts.py", "if len(paths) == 1 and not configs[0].blocks:", "if len(paths) == 1:"),
     (f"{LAB}/settings.py", "yield self.step_threads > 1024, fault", "yield False, fault"),
@@ -711,7 +711,6 @@ FOUND_BY_READING = [  # by somebody who looked for what all tests of then would 
     (SCRIPT, "decay *= vector.requires_grad", "decay *= 1"),
     (SCRIPT, "copy.deepcopy(content), content", "content, content"),
     (SCRIPT, 'Path(content["path"]).resolve() != options.checkpoint(state.config).resolve()', "False"),
-    (f"{LAB}/early_exit.py", "model.batches(torch.as_tensor(images))", "model.batches(images)"),
     (
         f"{LAB}/search.py",
         "sorted(complete, key=lambda trial: trial.value)",

@@ -174,10 +174,14 @@ def networks(seeds: range, *flags: str) -> list[noprop.NoProp]:
     return [noprop.load(folder_of(list(flags), seed) / "noprop_hybrid.pt") for seed in seeds]
 
 
-def place(row: str) -> int:
-    """Of a row among the headline's: where it stands that it is of, or else at the beginning."""
-    own = [name for name in HEADLINE if row.startswith(name)]
-    return [*HEADLINE].index(max(own, key=len)) if own else 0
+def in_order(rows: dict) -> dict:
+    """Rows of the headline, each where that stands which it is of, or else at the beginning."""
+
+    def place(row: str) -> int:
+        own = [name for name in HEADLINE if row.startswith(name)]
+        return [*HEADLINE].index(max(own, key=len)) if own else 0
+
+    return {row: rows[row] for row in sorted(rows, key=place)}
 
 
 def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
@@ -190,8 +194,7 @@ def headline(seeds: range, names: tuple[str, ...] = tuple(HEADLINE)) -> Rows:
             seen = {column: [*old[column], *more[column]] for column in more} if SEEDS in old else more
             rows[part] = seen | {column: old[column] for column in ("seconds", PEAK) if column in old}
     numbers, last = [100 + 10 * replicate for replicate in range(len(ten))], rows.pop(control.TEN, {})
-    rows = {row: rows[row] for row in sorted(rows, key=place)}
-    return rows | {control.TEN: last | {SEEDS: numbers, "test accuracy": ten}}
+    return in_order(rows) | {control.TEN: last | {SEEDS: numbers, "test accuracy": ten}}
 
 
 def ten_cnns() -> np.ndarray:

@@ -98,8 +98,8 @@ FASTER = Setting("InfoBatch", "small", 6, 12)  # instead of the default
 LONGER = Setting("NoProp", "small", 6, 37)  # as long as four deep blocks for 10 epochs, or a little less
 PLAIN = SMALLER_BATCHES._replace(way="CNN")  # the control of "accurate": its recipe, no noise, no chain
 SEEDS |= {TEN_DEEP: 14, SMALLER_BATCHES: 14, FASTER: 5, FEWER_STEPS[0]: 10, FEWER_STEPS[1]: 4, LONGER: 2}
-SEEDS[EIGHT], TEST_SEEDS = 10, 5
-SEEDS[PLAIN] = TEST_SEEDS
+SEEDS[EIGHT] = 10
+TEST_SEEDS = SEEDS[PLAIN] = 5
 WITHOUT = "without validation images"
 NO_VALIDATION = slice(10_000)  # of the held-out images those that are no validation images of the script's
 IN_SHORT = [FEWER[0], Setting("NoProp", "small", 6, 12), DEFAULT, LONGER, SMALLER_BATCHES, FEWER_STEPS[0]]

@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import noprop_example as noprop
 from benchmarks import control
-from benchmarks.evidence import DT, EVERY, HEADLINE, fashion_flags, place, three_cnns
+from benchmarks.evidence import DT, EVERY, HEADLINE, fashion_flags, in_order, three_cnns
 from benchmarks.intervals import packed
 from benchmarks.seeds import folder_of, keep_answers, network_of, sampling, summary_of
 from noprop_lab.data import load_data
@@ -137,8 +137,7 @@ def main() -> int:
         found = answers(settings, base, seed, test) | (answers_of_cnns(cnn, seed, test) if cnn else {})
         path = control.RESULTS / f"{name}-{seed}.npz"
         if given.rows:
-            found |= {row: x for row, x in np.load(path).items() if row not in found}
-            found = {row: found[row] for row in sorted(found, key=place)}
+            found = in_order(dict(np.load(path)) | found)
         keep_answers(path, **found)
     return report()
 

@@ -20,7 +20,7 @@ def early_exit(model: NoProp, images: Tensor, threshold: float) -> tuple[Tensor,
     if isinstance(model, Flow):
         raise ValueError(f"an early exit leaves a chain of blocks, and {model.config.objective} has none")
     answers, blocks, by_average = [], [], model.by_average and not model.config.temperature
-    for image in model.batches(torch.as_tensor(images)):
+    for image in model.batches(images):
         z, inside = model.start(image), torch.arange(len(image), device=image.device)
         answer, used = image.new_zeros(len(image), model.classifier.out_features), torch.zeros_like(inside)
         for t in range(1, len(model.blocks) + 1):

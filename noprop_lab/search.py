@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import optuna
@@ -47,7 +48,8 @@ def url_of(options: LabOptions):
             shown = options.hpo_storage.partition(":")[0]  # what follows may hold a password
             raise Failure(f"--hpo-storage is no URL of a database: {shown}") from error
         if url.drivername.startswith("sqlite") and ":memory:" in (url.database or ":memory:"):
-            raise Failure(f"--hpo-storage {url.render_as_string()} names no file: take sqlite:///FILE")
+            shown = unquote(url.render_as_string())  # without a password
+            raise Failure(f"--hpo-storage {shown} names no file: take sqlite:///FILE")
         return url
     url = URL.create("sqlite", database=str((options.output_dir / "noprop_hpo.db").resolve()))
     try:

@@ -420,7 +420,7 @@ def test_a_trial_without_a_sign_of_life_is_run_again_and_its_worker_goes_on_with
     [
         ("postgresql+psycopg2://user:secret@127.0.0.1:9/x", "user:***@127.0.0.1:9/x", 2),
         ("sqlite://", "--hpo-storage sqlite:// names no file: take sqlite:///FILE", 2),
-        ("sqlite:///:memory:", "names no file", 2),
+        ("sqlite:///:memory:", "--hpo-storage sqlite:///:memory: names no file", 2),
         ("nonsense", "--hpo-storage is no URL of a database: nonsense", 2),
         ("oracle://x", "oracle", 1),  # whose driver is not installed
         ("nothing://x", "nothing", 2),
